@@ -1,7 +1,7 @@
 """Random generators keyed by (seed, purpose, place), where a place is a position for instance.
 
-A draw depends on its key alone, not on the rank, the batch or earlier draws. A run on another
-number of ranks, or a resumed one, draws the same numbers for the same sample.
+A random number depends only on its key, not on the rank, the batch or earlier random numbers. A run
+on another number of ranks, or a resumed one, generates the same numbers for the same sample.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Shape letters (docs/glossary.md): B batch, S positions (3 + L conditions, then t
 token_layout.py), L text rows, P prompt positions (BOS and conditions), D width of a vector (of text
 states or of the model), A heads, d width of a head, V vocabulary.
 
-Precision (docs/specification.md §4.5): the residual stream and the matrix products run in the dtype
-of the weights, or in that of a surrounding autocast. Norms and rotary embedding are float32 inside.
+Precision (docs/specification.md §4.5): the residual stream and the matrix multiplications have the
+dtype of the weights, or that of a surrounding autocast. Norms and rotary embedding use float32.
 The last hidden state is cast to float32, and final norm and head run in float32.
 
 Source: released language model of LanDiff (arXiv 2503.04606).

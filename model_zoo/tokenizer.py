@@ -1,7 +1,7 @@
 """Semantic tokenizer: vision features to a few discrete codes per frame, and back.
 
-`encode` and `decode` are for use, `forward` is for training on one segment. frame_spans.py has the
-layout of the sequence inside and its attention masks.
+`encode` and `decode` are for inference, `forward` is for training on one segment. frame_spans.py
+has the layout of the internal sequence and its attention masks.
 
 Shape letters (docs/glossary.md): B batch, T frames, C feature channels, h, w height and width in
 feature cells, N latent tokens of a segment, K codes of a whole clip, S sequence positions, D width

@@ -357,7 +357,7 @@ class EmaConfig(Config):
 class LoRAConfig(Config):
     """Base class of the section `lora`: training an adapter of low rank instead of the weights.
 
-    There is no dropout: checkpoints hold no random state, and its draws would depend on the layout.
+    There is no dropout: checkpoints hold no random state, and its masks would depend on the layout.
     """
 
     rank: PositiveInt = Field(default=16, description="Rank of the update of each matrix.")

@@ -4,9 +4,9 @@ Within training/, only this file reads the environment variables of torchrun and
 WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, and the
 launchers' LANDIFF_OWNER. If none is set, there is one process.
 
-There are two process groups. The default group carries the engines' tensors (NCCL on CUDA, else
-gloo). Flags and JSON travel over a separate gloo group: reading them does not wait for the device,
-and it works while an engine's collective hangs.
+There are two process groups. The default group is for the engines' tensors (NCCL on CUDA, otherwise
+gloo). Flags and JSON are exchanged over a separate gloo group: reading them does not wait for the
+device, and it works while a collective of the engine hangs.
 """
 
 from __future__ import annotations

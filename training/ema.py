@@ -1,6 +1,6 @@
 """Exponential moving average of the weights (`ema` in a trainer's config).
 
-Each rank averages the float32 weights that its optimizer updates, so the averages are divided over
+Each rank averages the float32 weights that its optimizer updates, so the averages are sharded over
 the ranks in the same way as Adam's moments: whole tensors under DDP, partitions of flat vectors
 under ZeRO, shards of Megatron-core's distributed optimizer. Buffers are not averaged: the codebook
 of the tokenizer is a moving average already, and the other buffers are constants.

@@ -1,7 +1,7 @@
 """Interface between the training loop and the three backends: one whole optimizer step.
 
-The interface is no finer than a step, because Megatron's schedule runs forward and backward
-itself, and DeepSpeed's engine runs backward, clipping and update.
+The interface works in whole steps, because Megatron's schedule runs forward and backward itself,
+and DeepSpeed's engine runs backward, clipping and update.
 """
 
 from __future__ import annotations

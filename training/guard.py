@@ -1,19 +1,20 @@
 """Decision, between gradient norm and update, whether a step may change the weights.
 
 An engine computes loss and gradient norm and asks `guard.decide(loss, grad_norm)`. If the answer is
-False it leaves weights, moments, their step count and moving averages as they are. Data position
-and schedule advance all the same, so a skipped step is a step of the run.
+False, it leaves weights, moments, their step count and moving averages unchanged. The position in
+the data and the schedule advance, so a skipped step counts as a step of the run.
 
     value is NaN or infinite    loop.on_nonfinite: skip, stop or rollback
     value is a spike            loop.spikes.action: report, skip or rollback
 
-A rollback also leaves the step without an update. After it `Run.settle` loads the last healthy
-checkpoint into the engine, and training continues with the next batch: the batches between that
-checkpoint and now are jumped over.
+On a rollback the step makes no update either. `Run.settle` then loads the last healthy checkpoint
+into the engine, and training continues with the next batch: the batches since that checkpoint are
+not repeated.
 
-Spikes are looked for among the last steps with the same clip shape.
+A step is compared with the last steps with the same clip shape.
 
-The state of the guard is saved in checkpoints, so a resumed run decides as an uninterrupted one.
+The state of the guard is saved in checkpoints, so a resumed run makes the same decisions as an
+uninterrupted one.
 """
 
 from __future__ import annotations

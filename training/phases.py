@@ -1,7 +1,7 @@
 """Phases of a run: changes of data, batch, learning rate and conditions at a step. Torch-free.
 
 The top level of a trainer's config is the first phase. Each entry of `phases` changes some values
-from a step on; the others keep those of the phase before. Nothing before that step depends on it.
+from a step on and keeps the others. Earlier steps do not depend on it.
 
 A phase may train on other clip shapes (`data.buckets`): images, images and videos, then videos.
 """

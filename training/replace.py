@@ -3,7 +3,7 @@
 Megatron-core and DeepSpeed offer no option for a few things that the trainers need: devices on a
 machine without CUDA (lm/device.py), reading checkpoints without running code in them
 (lm/checkpoint.py), and one optimizer for all ZeRO stages (diffusion/zero.py). Each replaces a
-function of the library while one block runs and says there why.
+function of the library within a `with` block and gives the reason there.
 """
 
 from __future__ import annotations

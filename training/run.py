@@ -3,7 +3,7 @@
     Run(...)            write the config, clear requests of an earlier attempt
     resume              load the newest checkpoint, drop metrics logged after it; before the first
                         step of a run that may roll back, save a checkpoint to return to
-    settle              after each step: record what the guard decided, roll back if it asks for it
+    settle              after each step: record the guard's decision, roll back if required
     stop_requested      after each step: end early?
     checkpoints.save    see training/checkpoint/store.py
     end                 close the metrics, record that the run is done
@@ -90,7 +90,7 @@ class Run:
         self.alarms.check(state.step, result.alarms, scalars)
 
     def settle(self, state: TrainState, engine: Engine, result: StepResult) -> None:
-        """Record what the guard decided in step `state.step`, and roll back if it asks for that.
+        """Record the guard's decision in step `state.step`, and roll back if required.
 
         A checkpoint that is being written is committed here, and its failure raised.
 
@@ -122,7 +122,7 @@ class Run:
     def end(self, state: TrainState) -> None:
         """Close profile and metrics, remove the stop request, and write `done` after the last step.
 
-        Raises NonFiniteError if the run has no update to show for its steps.
+        Raises NonFiniteError if no step of the run has updated the weights.
         """
         self.profiler.close()
         self.metrics.close()

@@ -1,9 +1,9 @@
 """Validation on held-out clips, in the same way for all trainers.
 
-The clips, their order and all draws are fixed, so that numbers of two steps or two runs compare.
-An engine sums per clip in float64 (`Engine.validate`), the sums of all ranks are added on the CPU,
-and the engine turns them into metrics (`Engine.summarize`). The numbers are therefore equal on one
-layout, and differ by rounding only between layouts.
+The clips, their order and all random numbers are fixed, so that metrics of different steps and runs
+are comparable. An engine sums per clip in float64 (`Engine.validate`), the sums of all ranks are
+added on the CPU, and the engine computes metrics from them (`Engine.summarize`). The metrics are
+therefore bit-identical in one layout, and differ only by rounding between layouts.
 """
 
 from __future__ import annotations

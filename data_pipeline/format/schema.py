@@ -20,7 +20,7 @@ Columns and their tensors (one tensor per sample, named by the stem):
     latents         bfloat16 [T, C, H, W]    scaled latents
                              [T, 2C, H, W]   or their mean and log-variance
     captions-<name> uint8    [N]             captions: a JSON list of texts, UTF-8
-    embedding-<name> float16 [C]             mean vision features, of length 1
+    embedding-<name> float16 [C]             mean vision features, normalized to unit length
     score-<name>    float32  [1]             a number for conditions of trainers
     text-<encoder>  bfloat16 [L, D]          text states; real rows, or all rows if padded
 

@@ -9,8 +9,8 @@ A blend of data sets, and buckets of clip shapes, change only content and size o
 (`order.BatchOrder`). The tensors of a batch share memory that is reused when the last of them is
 freed.
 
-The index of a sample keys its random draws. It counts `global_batch_size` samples in every step.
-With `balance_tokens` a batch may have more: samples beyond that have indices from `EXTRA` on.
+Random numbers of a sample are keyed by its index, which counts `global_batch_size` samples in every
+step. With `balance_tokens` a batch may have more: the further samples have indices from `EXTRA` on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Global sample order: a pure function of (shard sizes, seed, epoch) without a table of samples.
 
-Shards are permuted, and the samples of every window of consecutive shards are permuted among
-themselves. Reads therefore stay in a few files, and any position of any epoch is found directly:
-one table of the shards per epoch, then a binary search.
+Shards are permuted, and then the samples within every window of consecutive shards. Reads therefore
+stay in a few files, and the sample at any position of any epoch is found directly: with one table
+of the shards per epoch and a binary search.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Loader of a run whose data, weights or batch sizes change at some of its steps.
 
-Each order of samples (`phases.OrderPlan`) has a `Loader` of its own. Orders that are complete are
-not opened, so that their data may have grown or gone. Those that are still to come are opened with
-the first batch, so that a mistake in them is reported before training starts.
+Each order of samples (`phases.OrderPlan`) has its own `Loader`. Orders that are complete are not
+opened, so their data may have grown or been deleted. Later orders are opened with the first batch,
+so that a mistake in them is reported before training starts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Batch sizes and data orders of a run whose data change at some of its steps. Torch-free.
 
-A run has one or more phases. A phase that names data (manifest, remote, weight or blend) begins a
-new order, with epochs of its own. The other phases continue the order of the phase before, possibly
-with another batch size. Nothing before the first step of a phase depends on it.
+A run has one or more phases. A phase that sets data (manifest, remote, weight or blend) starts a
+new order with its own epochs. The other phases continue the order of the previous phase, possibly
+with another batch size. Earlier steps do not depend on a phase.
 """
 
 from __future__ import annotations

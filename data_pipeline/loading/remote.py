@@ -1,8 +1,9 @@
 """Data folders at a URL, with a local cache of bounded size.
 
-The cache has the layout of a data folder. A shard is downloaded when its first sample is read; the
-order stays in a window of shards for a while. Of raw shards, trainers read only the JSON, so only
-those ranges are downloaded, into a sparse file. Several ranks of a node may share a cache.
+The cache has the layout of a data folder. A shard is downloaded when its first sample is read; all
+samples of a shuffle window of shards are read before the next window. Of raw shards, trainers read
+only the JSON, so only those ranges are downloaded, into a sparse file. Several ranks of a node may
+share a cache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which clips meet `data.where`, and which of its captions a clip has in an epoch.
 
-Conditions are evaluated when a loader is built. The ranks divide the shards among them; afterwards
-a rank holds the positions of the clips that are left out.
+Conditions are evaluated when a loader is built, each rank for a part of the shards. Afterwards
+every rank has the positions of the excluded clips.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Which clips are held out of training, and which of them are validated.
 
-Videos are held out as a whole: no spans of one video lie on both sides. Whether a video is held out
-by `fraction` depends on its content alone (a hash of its SHA-256), in every data set of a blend, so
-that it stays on its side as data grow.
+Videos are held out as a whole: no video is used for both training and validation. Whether a video
+is held out by `fraction` depends only on its content (a hash of its SHA-256), in every data set of
+a blend, so it does not change when data are added.
 
-The source of a clip stands in its metadata only, so every clip's metadata are read once when a
-loader is built. The ranks divide the shards among them. Afterwards a rank holds the positions of
-the held-out clips and nothing of the others.
+The source of a clip is stored in its metadata only, so the metadata of all clips are read once when
+a loader is built, by each rank for a part of the shards. Afterwards every rank has the positions of
+the held-out clips only.
 """
 
 from __future__ import annotations

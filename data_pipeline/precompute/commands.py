@@ -2,10 +2,10 @@
 
     run(config, task=(0, 1))      compute the missing columns of this task's shards
     status(config)                progress, failures and rate of each column
-    retry(config, tasks)          tasks of a job array that have shards left
-    finalize(config)              enter finished columns into the manifest
-    estimate(config, clips)       disk space and time of what is left, from a few clips
-    verify(config, sample)        read part of the columns again and recompute it
+    retry(config, tasks)          tasks of a job array with unfinished shards
+    finalize(config)              add finished columns to the manifest
+    estimate(config, clips)       disk space and time of the remaining work, from a few clips
+    verify(config, sample)        check a sample of the columns by recomputing it
 
 A unit is one column of one shard (units.py). It depends only on its raw shard and the config, so
 tasks can share a folder, be killed and be restarted.

@@ -1,8 +1,8 @@
 """One task of `landiff precompute`: clips are decoded, encoded and written at the same time.
 
-Some threads decode ahead, others run the encoders, and one writes, hashes and commits. A CPU has an
-encoding thread per core. A GPU has two, of which one copies its batch while the other's encoder
-runs. So the slowest stage is always busy; the progress line says how busy each stage is.
+Some threads decode ahead, others run the encoders, and one writes, hashes and commits. On a CPU,
+there is one encoding thread per core. On a GPU there are two: one copies its batch while the other
+runs the encoder. So the slowest stage is always busy; the progress line shows how busy each is.
 The content of a unit does not depend on the number of threads.
 """
 

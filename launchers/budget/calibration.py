@@ -1,4 +1,4 @@
-"""The speed that a run has reached, for the plans of others."""
+"""The measured speed of a run, used to plan other runs."""
 
 from __future__ import annotations
 

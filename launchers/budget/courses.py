@@ -1,4 +1,4 @@
-"""The parts of a training with equal batch sizes, and the shapes of the clips in each."""
+"""The parts of a run with equal batch sizes, and the clip shapes in each."""
 
 from __future__ import annotations
 

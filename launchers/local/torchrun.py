@@ -1,4 +1,4 @@
-"""torchrun without a traceback of its own. Ranks report why they failed.
+"""torchrun without its own traceback. Ranks report why they failed.
 
     python -m landiff.launchers.local.torchrun TORCHRUN_OPTIONS... -m MODULE ARGUMENTS...
 

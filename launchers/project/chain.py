@@ -1,4 +1,4 @@
-"""Whether the stages of a pipeline fit each other: clips, columns, models, sampler. Torch-free.
+"""Checks that the stages of a pipeline match: clips, columns, models, sampler. Torch-free.
 
 The checks compare configs only, so that a mistake in the last stage is found before the first one
 starts. Checks of one stage alone are in launchers/checks.py.

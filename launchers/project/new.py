@@ -1,4 +1,4 @@
-"""`landiff new`: writes the configs of a project, in which each size is said once."""
+"""`landiff new`: writes the configs of a project for one clip size."""
 
 from __future__ import annotations
 

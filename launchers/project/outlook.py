@@ -1,4 +1,4 @@
-"""What a pipeline will cost, before anything starts: GPU hours, days and disk."""
+"""The cost of a pipeline before it starts: GPU hours, days and disk space."""
 
 from __future__ import annotations
 

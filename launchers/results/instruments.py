@@ -1,4 +1,4 @@
-"""Instruments of `landiff evaluate`: what each part of the diffusion model uses, with a verdict.
+"""Tests of `landiff evaluate`: which inputs the diffusion model uses, with a verdict.
 
 Letters: B clips, T latent frames, C channels, H W latent sizes, L text rows, D text width.
 """

@@ -1,4 +1,4 @@
-"""Instruments of `landiff evaluate` for the language model: what of its conditions it uses.
+"""Tests of `landiff evaluate`: which conditions the language model uses.
 
 Letters: K codes of a clip, L text rows, D text width.
 """

@@ -1,4 +1,4 @@
-"""What `landiff sample` generates: a list of units, read from prompts, files of prompts and seeds.
+"""The videos that `landiff sample` generates: units from prompts, prompt files and seeds.
 
 A unit is one video of one prompt with one seed. Torch-free.
 """

@@ -1,16 +1,16 @@
 """The output folder of `landiff sample`: one mp4 per unit, with what made it, and their list.
 
     NN-words-of-the-prompt-seedS.mp4   a finished video; its metadata are its record as JSON
-    settings.json                      what all videos of the folder have in common
+    settings.json                      settings that all videos of the folder share
     samples.jsonl                      the records of all finished videos
     gallery.html, contact-sheet.png    all finished videos, see gallery.py
     drift/NAME.json                    joins and drift of a long video by chunk (DriftMeter)
     unfinished/NAME/                   codes and latents of a long video (stream_store.py)
     batch-size.json                    the choice of `batch_size: auto` with its measurement
-    tokens/NAME.safetensors            codes of a video that `tokens_only` drew
+    tokens/NAME.safetensors            codes of a video sampled with `tokens_only`
 
-A video is committed by rename the moment it is done. `settings.json` refuses a second run with
-other models or options, so that all videos of a folder are comparable.
+A video is committed by rename as soon as it is finished. A command whose models or options differ
+from `settings.json` is refused, so that all videos of a folder are comparable.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Cluster file: everything that is particular to a site, such as partitions and GPU syntax.
+"""Cluster file: the settings of a site, such as partitions and GPU syntax.
 
-Recipes (configs/nano, configs/landiff) hold nothing about a site; `landiff submit --cluster FILE`
+Recipes (configs/nano, configs/landiff) have no settings of a site; `landiff submit --cluster FILE`
 combines the two. Torch-free.
 """
 

@@ -1,4 +1,4 @@
-"""The base model of an adapter: which weights it was trained on, and whether they are these."""
+"""The base model of an adapter: the weights it was trained on, and the check that they match."""
 
 from __future__ import annotations
 

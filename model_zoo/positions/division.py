@@ -1,9 +1,9 @@
-"""Sequence parallelism: several ranks compute one sequence together.
+"""Sequence parallelism: several ranks process one sequence together.
 
-A rank holds a part of the positions. Attention needs all of them: an all-to-all turns all heads of
-the rank's positions into all positions of the rank's heads, and another one turns the result back
+A rank holds a part of the positions. Before attention, an all-to-all exchanges all heads of the
+rank's positions for all positions of the rank's heads; another one reverses it afterwards
 (DeepSpeed-Ulysses, arXiv 2309.14509). Neither the positions nor the heads need to be a multiple of
-the ranks.
+the number of ranks.
 
 The backward pass of each exchange is its adjoint. So if every rank of a group computes the whole
 loss from gathered outputs, the gradients of the weights, averaged over the ranks, are those of one

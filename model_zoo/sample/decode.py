@@ -1,4 +1,4 @@
-"""Decoding of the language model with few operators for each token.
+"""Incremental decoding of the language model with few operators per token.
 
 `Decoder` computes what `LanguageModel.transform` computes with a cache, in inference mode and
 without work that does not depend on the token: the rotations of all positions are computed once,

@@ -1,4 +1,4 @@
-"""The stages of a video from prompts: language model and diffusion model. stream.py joins them.
+"""The stages of generating a video: language model and diffusion model. Used by stream.py.
 
 Shape letters (docs/glossary.md): B batch (one video per prompt), K codes of a clip, T frames (RGB
 frames of videos, latent frames of latents and features), C channels, H, W height and width of RGB

@@ -1,4 +1,4 @@
-"""What a video is given beside text: its first frames, or all of its tokens.
+"""Conditions of a video in addition to text: its first frames, or all of its tokens.
 
 Shape letters (docs/glossary.md): B batch, K codes of a clip, T frames (RGB frames of videos, latent
 frames of latents and features), C channels, H, W height and width of RGB frames or latents, h, w

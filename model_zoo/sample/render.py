@@ -1,4 +1,4 @@
-"""Videos of semantic tokens, without text: what the tokens alone say.
+"""Videos rendered from semantic tokens without text.
 
 Shape letters (docs/glossary.md): B batch, K codes of a clip, T frames, H, W height and width, C
 colours, L text rows, D width of a text state.

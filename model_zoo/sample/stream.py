@@ -4,9 +4,9 @@ Each chunk passes through language model, tokenizer decoder, diffusion model and
 order. Between chunks only the codes, the last clean latent frames, the features of one chunk and
 the state of the codec are kept.
 
-The language model draws the codes of the whole video at once, with a key/value cache of its length,
-unless `tokens.context_segments` limits what it sees or its prompt changes. Then it draws one
-segment at a time, after a prefix of the segments before it.
+The language model samples the codes of the whole video in one sequence, with a key/value cache of
+its length, unless `tokens.context_segments` limits its context or the prompt changes. Then it
+samples one segment at a time, conditioned on the previous segments.
 
 Shape letters (docs/glossary.md): B batch (one video per prompt), K codes of a clip, T frames (RGB
 frames of videos, latent frames of latents and features), C channels, H, W height and width of RGB

@@ -1,11 +1,11 @@
-"""What continues a long video after a kill: a folder of codes and latents.
+"""Folder of codes and latents from which an interrupted long video resumes.
 
-    key                        what is generated; another key makes the folder worthless
-    codes-00000.safetensors    codes [B, K], in the order in which they were drawn
+    key                        identifies the request; the folder is ignored if it differs
+    codes-00000.safetensors    codes [B, K], in the order in which they were sampled
     chunk-00000.safetensors    new latents [B, T, C, H, W] of each chunk, and the state of the noise
 
-Every file is committed by rename, so that a kill loses at most the chunk in work. A damaged file is
-deleted with all later ones of its kind; what they held is computed again.
+Every file is committed by rename, so at most the current chunk is lost. A damaged file is deleted
+with all later ones of its kind, and their content is computed again.
 """
 
 from __future__ import annotations

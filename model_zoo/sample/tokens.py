@@ -1,15 +1,15 @@
 """Autoregressive sampling of semantic tokens with a key/value cache and guidance.
 
-Structural tokens are not drawn but set, and a run of known tokens passes through the model in one
-step. At positions of codes only codes are drawn. Each row of a batch has its own random numbers,
-drawn once on the CPU, so that a row's result depends neither on the other rows nor, except for
+Structural tokens are set, not sampled, and consecutive known tokens pass through the model in one
+step. At positions of codes only codes are sampled. Each row of a batch has its own random numbers,
+generated once on the CPU, so that a row's result depends neither on the other rows nor, except for
 rounding, on the device.
 
-`reference_behaviour` repeats the reference implementation (docs/specification.md §4.7). One id is
-drawn at every position and not used where the token is forced. Structural ids may be drawn at
-positions of codes; they are fed back and replaced by the last code at the very end. Ids are drawn
-by torch's multinomial from a generator on the model's device, so that a seed gives the ids that it
-gives there, except for seed 0, which there means no seed.
+`reference_behaviour` reproduces the reference implementation (docs/specification.md §4.7). An id is
+sampled at every position and discarded where the token is forced. Structural ids may be sampled at
+positions of codes; they are fed back and replaced by the last code at the end. Ids are sampled with
+torch's multinomial and a generator on the model's device, so that a seed gives the same ids as in
+the reference, except for seed 0, which means no seed there.
 
 Shape letters (docs/glossary.md): B batch, R rows of the model (B, or 2 B under guidance: first with
 text, then without), L text rows, D width of a vector, P prompt positions (BOS and conditions),

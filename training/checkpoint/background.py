@@ -1,7 +1,7 @@
-"""Writers of this rank's files of a checkpoint: at once, or in another process.
+"""Writers of this rank's files of a checkpoint: synchronous, or in another process.
 
-Both have one request at a time: `begin_...` starts it, `busy` says whether it is running, and
-`answer` waits for its end. A failure is an answer. Nothing here is collective:
+Both process one request at a time: `begin_...` starts it, `busy` says whether it is running, and
+`answer` waits for its end. A failure is returned as an answer. Nothing here is collective:
 training/checkpoint/saver.py makes the ranks agree.
 """
 

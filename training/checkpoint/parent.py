@@ -2,8 +2,8 @@
 
 The run continues with weights, optimizer state, step number and position in the data of the
 parent's checkpoint, and with its own config. `parent.json` in its folder records the checkpoint,
-so that a restart before the first own checkpoint begins with the same one, also if `parent` names
-a run folder that has newer checkpoints by now.
+so that a restart before the run's own first checkpoint starts from the same one, even if `parent`
+is a run folder that now has newer checkpoints.
 """
 
 from __future__ import annotations

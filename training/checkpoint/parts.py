@@ -1,8 +1,8 @@
 """Files of a checkpoint as sequences of bytes and tensors, before they are written.
 
-An engine describes its files (`Engine.state_files`), and whoever writes them decides when the
-tensors are copied: straight into the file, or into a staging buffer from which another process
-writes them (training/checkpoint/background.py). The bytes on disk are the same.
+An engine describes its files (`Engine.state_files`), and the writer decides when the tensors are
+copied: directly into the file, or into a staging buffer from which another process writes them
+(training/checkpoint/background.py). The bytes on disk are the same.
 
     safetensors_file    the format of the library `safetensors`
     torch_archive       the zip archive that `torch.load` reads

@@ -7,7 +7,7 @@
             config.yaml     config of the run at this step
             state.json      state of the loop
             files.json      size and sha256 of the other files
-    parent.json             checkpoint of another run that this run began with
+    parent.json             checkpoint of another run that this run started from
     metrics.jsonl           one line per logged step
     events.jsonl            skipped steps, spikes, rollbacks and alarms (training/observe/events.py)
     preview_prompts.safetensors
@@ -17,7 +17,7 @@
     errors/rank_0003.txt    why a rank failed
     heartbeat/rank_0003     progress of a rank
     hangs/rank_0003.txt     stacks of a rank that hung
-    stop                    request to save and end
+    stop                    request to save and stop
     done                    final step; exists only if the run has finished
     job/                    records of what started the run (launchers/run)
 

@@ -1,11 +1,11 @@
-"""How long training stands still for checkpoints, and how much slower it is while they are written.
+"""How long training pauses for checkpoints, and how much slower it is while they are written.
 
 Metrics of the last save, on rank 0:
 
-    time/save_stall_s     seconds the loop stood still
-    time/save_wait_s      part of it: waiting until the checkpoint before was written
-    time/save_write_s     seconds from the begin of the save until the checkpoint was committed
-    time/save_slowdown    median of the steps that ended meanwhile over that of other steps, minus 1
+    time/save_stall_s     seconds for which the loop paused
+    time/save_wait_s      part of it: waiting until the previous checkpoint was written
+    time/save_write_s     seconds from the start of the save until the checkpoint was committed
+    time/save_slowdown    median time of steps during the save over that of other steps, minus 1
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Staging buffer: where the files of a checkpoint wait, complete, for the process that writes them.
+"""Staging buffer: shared memory with the files of a checkpoint, for the process that writes them.
 
 The buffer is anonymous memory that both processes map. It exists for the whole run, because the
-first touch of new memory takes longer than the copy: a thread touches it ahead, and on CUDA pins
-it, so that devices copy at the speed of the bus.
+first access to new pages takes longer than the copy: a thread touches them beforehand, and on CUDA
+pins them, for copies at full bus speed.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@
 
 A save writes into a hidden folder beside the final name. After every rank has written, the folder
 gets its documents and is renamed (training/checkpoint/saver.py). With `loop.async_save` another
-process writes while training continues; the last save of a process is always written at once.
+process writes while training continues; the last save of a process is always synchronous.
 
 The newest checkpoint whose files match files.json is used to resume. A damaged one is renamed to
-`step_<n>.damaged`, and the one before it is used.
+`step_<n>.damaged`, and the previous one is used.
 
-No random state is saved: draws are keyed by (seed, purpose, place), see
+No random state is saved: random numbers are keyed by (seed, purpose, place), see
 `landiff.model_zoo.keyed_random`.
 """
 

@@ -1,4 +1,4 @@
-"""The process that writes checkpoints while training continues. Without torch, it starts at once.
+"""The process that writes checkpoints while training continues. Torch-free, so it starts quickly.
 
     python -m landiff.training.checkpoint.writer SOCKET BUFFER SIZE
 
@@ -8,8 +8,8 @@ files are in a buffer that it shares with the trainer (training/checkpoint/stagi
     write     write this rank's files of a checkpoint into a hidden folder, durably
     commit    add the documents, rename the folder, delete old checkpoints; one rank only
 
-It ends with the trainer: a save that the trainer did not live to see committed does not exist. Its
-errors are answers, which the trainer raises.
+It ends with the trainer: a save that was not committed by then does not exist. Its errors are
+returned to the trainer, which raises them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 DeepSpeed reads or writes all gradients about ten times between backward pass and AdamW: it copies
 them into a bucket, out of it and into a partition, divides them, computes a float64 norm of each
 and flattens them. `FlatGradients` replaces that. Each gradient is added once to the vector that
-AdamW reads, laid out as DeepSpeed's flat weights.
+AdamW reads, which has the layout of DeepSpeed's flat weights.
 
     stage 1, or one rank    a vector with all gradients sums the micro-batches; it is reduced over
                             the ranks once a step

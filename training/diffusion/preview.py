@@ -1,4 +1,4 @@
-"""What the diffusion model makes of a clip, as videos for TensorBoard.
+"""Previews of the diffusion model for a clip, as videos for TensorBoard.
 
 Shape letters (docs/glossary.md): B = 1 clip, T latent frames, C latent channels, H W latent height
 and width.

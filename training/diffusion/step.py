@@ -4,7 +4,7 @@ Shape letters (docs/glossary.md): B batch, T latent frames, C latent channels, H
 width, L text rows, D width of a text state, c h w channels, rows and columns of the semantic
 features, N semantic tokens.
 
-Random draws are keyed by (loop.seed, purpose, sample.index). A sample therefore gets the same
+Random numbers are keyed by (loop.seed, purpose, sample.index). A sample therefore gets the same
 noise, timestep, dropout and prefix for any division into micro-batches and ranks.
 """
 

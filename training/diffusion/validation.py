@@ -1,7 +1,7 @@
 """Metrics of the diffusion model on held-out clips.
 
-Each clip is measured at nine timesteps with noise of its own, which are the same in all runs. The
-losses are compared with those under another clip's text and tokens, and with those after a prefix.
+The loss of each clip is computed at nine timesteps with fixed noise, which are the same in all
+runs, and compared with the loss with another clip's text and tokens, and after a prefix.
 
 Shape letters (docs/glossary.md): B batch, T latent frames, C latent channels, H W latent height and
 width. Q stands for the timesteps.

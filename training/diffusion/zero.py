@@ -5,7 +5,7 @@ Only this file imports DeepSpeed. What it changes in DeepSpeed:
 * `prepare_deepspeed` declares the shared-memory all-reduce unavailable, and filters log messages.
 * `initialize` replaces the choice of the optimizer for one call, and the engine's checkpoint files
   (`CheckpointFiles`), copies of frozen weights and recovery script for good.
-* `ask_before_update` puts a question between gradient norm and update.
+* `ask_before_update` lets the guard decide between gradient norm and update.
 * `FlatGradients` (gradients.py) sums and reduces the gradients of stages 1 and 2.
 """
 

@@ -1,14 +1,14 @@
-"""Linear layers that multiply in float8, by torchao.
+"""Linear layers with float8 matrix multiplications, with torchao.
 
-Three products of a layer take two float8 operands each: the output, the gradient of the input, and
-that of the weight. Inputs and weights are rounded to e4m3 (3 bits after the leading one), gradients
-of outputs to e5m2 (2 bits, for a wider range). Each tensor has one scale, computed anew for each
-product, which maps its largest element to the largest of float8. Sums are float32, and results have
-the dtype of the input.
+The three matrix multiplications of a layer (output, gradient of the input, gradient of the weight)
+have float8 operands. Inputs and weights are rounded to e4m3 (3 mantissa bits), gradients of outputs
+to e5m2 (2 mantissa bits, for a wider range). Scaling is dynamic and per tensor: the largest element
+is mapped to the largest float8 value. Accumulation is in float32, and results have the dtype of the
+input.
 
-Parameters stay as they are: names, dtypes, gradients and checkpoints do not depend on `fp8`.
+Names, dtypes and gradients of the parameters, and checkpoints, do not depend on `fp8`.
 
-torchao is imported in the functions: it takes seconds, and most runs do without.
+torchao is imported in the functions: it takes seconds, and most runs do not need it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ OLDEST_CAPABILITY = (8, 9)  # of GPUs with float8 units: Ada. Hopper is 9.0.
 
 
 def is_supported(device: torch.device) -> bool:
-    """Whether a device has float8 units. The CPU emulates them."""
+    """Whether a device supports float8 matrix multiplication. The CPU emulates it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
 def require_device(device: torch.device) -> None:
-    """Raises ConfigError for a GPU without float8 units."""
+    """Raises ConfigError for a GPU that does not support float8 matrix multiplication."""
     if is_supported(device):
         return
     needed = "{}.{}".format(*OLDEST_CAPABILITY)
@@ -43,7 +43,7 @@ def require_device(device: torch.device) -> None:
 
 
 def convert(model: nn.Module, is_chosen: Callable[[str], bool]) -> None:
-    """Lets linear layers of a model multiply in float8, in place. Parameters stay the same objects.
+    """Converts linear layers of a model to float8, in place. Parameters stay the same objects.
 
     is_chosen: whether the layer of a name is one of them.
     """

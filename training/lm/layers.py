@@ -308,7 +308,7 @@ class RowLinear(RowParallelLinear):
 
 
 class Float8ColumnLinear(ColumnLinear):
-    """The layer with products in float8. Tensor-parallel ranks scale their weights on their own."""
+    """The layer with float8 matrix multiplication. Each rank scales its shard of the weight."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -325,7 +325,7 @@ class Float8ColumnLinear(ColumnLinear):
 
 
 class Float8RowLinear(RowLinear):
-    """The layer with products in float8. The results of ranks are added in their own dtype."""
+    """The layer with float8 matrix multiplication. Ranks reduce results in their own dtype."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -470,7 +470,7 @@ def block_spec(
     """Layers of the transformer, with Megatron-core's linear layers or with Transformer Engine's.
 
     All layers share one spec. Raises ConfigError if Transformer Engine is requested and not
-    installed. `fp8`: local layers multiply in float8.
+    installed. `fp8`: local layers with float8 matrix multiplications.
     """
     if layers == "te":
         if importlib.util.find_spec("transformer_engine") is None:

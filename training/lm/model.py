@@ -1,12 +1,12 @@
 """The language model as a Megatron-core GPT: packed rows in, loss of each token out.
 
 It computes the same as `landiff.model_zoo.lm.LanguageModel`, whose condition modules it uses,
-divided over tensor-parallel ranks and pipeline stages.
+sharded over tensor-parallel ranks and pipeline stages.
 
 Without `parallel.virtual_pipeline` a rank holds one chunk of layers: its pipeline stage. With it, a
-rank holds several chunks, and a row passes through the ranks once for each: chunk 0 of all ranks,
-then chunk 1 of all ranks. Training runs Megatron-core's interleaved schedule, in which stages wait
-less (`train_rows`).
+rank holds several chunks, and a row passes through chunk 0 of all ranks, then chunk 1 of all ranks,
+and so on. Training uses Megatron-core's interleaved schedule, which has a smaller pipeline bubble
+(`train_rows`).
 
 Shape letters (docs/glossary.md): N tokens of a packed row, B samples in it, M text rows of all
 samples, D width of a vector (of text states or of the model), V vocabulary of this rank.
@@ -105,7 +105,7 @@ class MegatronLM(GPTModel):
             freeze_base(self)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles norms and MLP of each layer at their first call, and all float8 products.
+        """Compiles norms and MLP of each layer at their first call, and all float8 layers.
 
         options: those of torch.compile. Attention of a packed row is not compiled: it has its own
         kernels, or on the CPU one call for each length.

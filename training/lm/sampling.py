@@ -1,9 +1,9 @@
 """Tokens that the language model samples for held-out clips, and their distribution.
 
-The codes of a clip are drawn with its caption, its number of frames and its motion score, from the
-model's own distribution: temperature 1, no guidance, no truncation. The trained model itself
-computes the logits, in its parallel layout, so no second copy of the weights is needed. It runs
-once for each code, over the positions since the code before, with a cache of keys and values.
+The codes of a clip are sampled for its caption, its number of frames and its motion score, from the
+model's distribution: temperature 1, no guidance, no truncation. The trained model itself computes
+the logits, in its parallel layout, so no second copy of the weights is needed. It runs once per
+code, on the positions since the previous code, with a cache of keys and values.
 
 Shape letters (docs/glossary.md): N tokens of a packed row, B samples in it, K codes of a clip,
 V codes of the codebook.

@@ -1,4 +1,4 @@
-"""Layout of TensorBoard's custom scalars: curves that are read together, in one chart."""
+"""Layout of TensorBoard's custom scalars: related curves in one chart."""
 
 from __future__ import annotations
 

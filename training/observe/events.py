@@ -1,4 +1,4 @@
-"""events.jsonl: what happened in a run beside its numbers. Torch-free.
+"""events.jsonl: skipped steps, spikes, rollbacks and alarms of a run. Torch-free.
 
 One object per line:
 
@@ -6,8 +6,8 @@ One object per line:
 
 kind: `skip` (a step without an update), `spike` (one that was trained on), `rollback` (a step
 without an update, after which the weights of checkpoint `to` were loaded), `alarm` and `alarm over`
-(a metric beyond its limit, and back). A resumed run truncates the file to the step that it resumes
-from.
+(a metric exceeds its limit, and no longer does). A resumed run truncates the file to the step that
+it resumes from.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Engines report the FLOPs of their batches, and `landiff plan` those of a config, with the functions
 of this module.
 
-Counted are matrix products: 2 FLOPs for each weight and row, and 4 · width for each pair of a query
-and a key that it attends to. The backward pass costs the same for the gradients of the weights, and
-once more for those of the inputs where something before them is trained; attention costs twice its
-forward pass. Norms, activations, padding and recomputation are not counted.
+Matrix multiplications are counted: 2 FLOPs for each weight and row, and 4 · width for each pair of
+a query and a key that it attends to. The backward pass costs the same for the gradients of the
+weights, and the same again for those of the inputs if an earlier layer is trained; attention costs
+twice its forward pass. Norms, activations, padding and recomputation are not counted.
 
 With `adapter` only LoRA adapters are trained: the backward pass computes no gradients of the other
 weights. The adapters themselves are not counted, nor what the first block saves because nothing

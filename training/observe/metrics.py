@@ -1,11 +1,12 @@
-"""Numbers of a run: progress line, metrics.jsonl and TensorBoard. Only rank 0 writes.
+"""Metrics of a run: progress line, metrics.jsonl and TensorBoard. Only rank 0 writes.
 
 metrics.jsonl holds one object per logged step, keyed by TensorBoard tag. A resumed run truncates
-both to the step it resumes from, so that a killed run and an undisturbed one leave the same lines.
+both to the step it resumes from, so that an interrupted run and an uninterrupted one have the same
+lines.
 
-Rates and times are means over the steps since the last logged one. `time/…` are seconds a step of
-rank 0, by part; previews and checkpoints come after the line of their step, so they count in the
-next one.
+Rates and times are means over the steps since the last logged one. `time/…` are seconds per step of
+rank 0, by part; previews and checkpoints of a step happen after it is logged, so they are included
+in the next logged step.
 """
 
 from __future__ import annotations

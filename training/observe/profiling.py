@@ -1,8 +1,8 @@
 """Traces of torch's profiler and snapshots of the device's memory: `loop.profile`.
 
-The traces lie in the TensorBoard folder of the run under the names that TensorBoard's profiler
-plugin looks for; Perfetto and Chrome open them too. A run that resumes inside the window records
-the rest of it into another file.
+The traces are in the TensorBoard folder of the run under the names that TensorBoard's profiler
+plugin expects; Perfetto and Chrome open them too. A run that resumes within the window records the
+remaining steps to another file.
 """
 
 from __future__ import annotations

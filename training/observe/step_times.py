@@ -1,7 +1,7 @@
 """Times of the start and within optimizer steps, and the rank that the others wait for.
 
-On CUDA the times are those of device events, which are read at logged steps only: measuring waits
-for the device no more often than logging does.
+On CUDA the times are those of device events, which are read at logged steps only, so measuring adds
+no further synchronization with the device.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ h w rows and columns of the grid, M all vectors of a micro-batch.
 A checkpoint holds `model.safetensors` (parameters, codebook and its moving averages),
 `optimizer.safetensors` (exp_avg.<parameter>, exp_avg_sq.<parameter>, step.<parameter>), and with
 `ema` in the config `ema.safetensors` (moving averages of the parameters). It does not depend on the
-number of ranks: they hold the same state, and every draw is keyed by its place in the global batch.
+number of ranks: all hold the same state, and random numbers are keyed by the position in the global
+batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Keyed choice of the vectors that become codes, by k-means at the start and for dead codes.
 
-vector-quantize-pytorch draws them on each rank from that rank's generator. The codebook would
-depend on the number of ranks and on all earlier draws. Here the choice is keyed by (seed, purpose,
-step, micro-batch), over the vectors of all ranks in the order of the global batch. It is the same
-in every layout, and there is no generator to save.
+vector-quantize-pytorch chooses them on each rank with the rank's generator, so the codebook would
+depend on the number of ranks and on all earlier random numbers. Here the choice is keyed by (seed,
+purpose, step, micro-batch), over the vectors of all ranks in the order of the global batch. It is
+the same in every layout, and there is no generator state to save.
 
 Shape letters: M vectors of this rank's micro-batch (clips x codes of a clip), E width of a code
 vector, N chosen vectors.

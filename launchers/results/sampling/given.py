@@ -1,4 +1,4 @@
-"""Files that videos are given beside text: images, videos, and files of semantic tokens.
+"""Input files of videos in addition to text: images, videos, and files of semantic tokens.
 
 Shape letters (docs/glossary.md): B batch, K codes of a clip, T RGB frames, H, W height and width in
 pixels, C channels.

@@ -1,4 +1,4 @@
-"""The files that videos are given beside text: which part of them is needed. Torch-free."""
+"""Input files of videos in addition to text: which part of them is needed. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weights that are on a device only while they are used, and in the memory of the host else.
+"""Weights that are on the device only while they are used, and otherwise in host memory.
 
-Whole parts move when their turn comes. Of a large part, blocks or single layers can move on their
-own: the device then holds one block, and what is not in blocks.
+Whole parts move to the device when they are used. Blocks or single layers of a large part can move
+separately: the device then holds one block, and the weights outside of blocks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Parts of a sampler that are in memory only while they are used, one at a time.
 
-The five large parts of a video's generation work one after the other: text encoder and language
-model, tokenizer, the other text encoder, diffusion model. `OnDemand` stands for a part. When it is
-used it takes the place of the part before: that is released, to the host's memory (offload.py) or
-altogether.
+The five large parts run one after the other: text encoder and language model, tokenizer, the other
+text encoder, diffusion model. `OnDemand` is a proxy for a part. When a part is used, the previous
+one is moved to host memory (offload.py) or freed.
 """
 
 from __future__ import annotations
