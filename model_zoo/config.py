@@ -211,7 +211,7 @@ class LMConfig(Config):
 
 
 class TokenSamplingConfig(Config):
-    """How tokens are drawn from the language model (§4.7)."""
+    """Sampling of tokens from the language model (§4.7)."""
 
     guidance: PositiveFloat = Field(
         default=7.5,

@@ -14,7 +14,7 @@ import torch
 def key(seed: int, purpose: str, *place: int | str) -> int:
     """A seed of 63 bits for one purpose at one place, e.g. `key(seed, "noise", position)`.
 
-    Runs and columns on disk were drawn with these keys, so the formula must not change.
+    Runs and columns on disk were computed with these keys, so the formula must not change.
     """
     text = "/".join([str(seed), purpose, *map(str, place)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

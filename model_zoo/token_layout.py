@@ -78,7 +78,7 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class SamplingTable:
-    """Which ids may be drawn at each position of the body. Index 0 is the first SI.
+    """Ids that may be sampled at each position of the body. Index 0 is the first SI.
 
     forced_N: the token of a structural position, CODE at positions of codes.
     group_N: row of `legal_GV` that applies to the position.
@@ -92,7 +92,7 @@ class SamplingTable:
     may_end_N: Mask
 
     def legal(self, position: int) -> Mask:
-        """Ids that may be drawn at a position of the body, bool [V]."""
+        """Ids that may be sampled at a position of the body, bool [V]."""
         return self.legal_GV[self.group_N[position]]
 
 
@@ -305,7 +305,7 @@ class TokenLayout:
     def sampling_table(
         self, num_frames: int, *, predict_end: bool = False, reference: bool = False
     ) -> SamplingTable:
-        """Which ids may be drawn at each position of the body.
+        """Ids that may be sampled at each position of the body.
 
         By default only codes at positions of codes, and elsewhere only the forced token. With
         `predict_end`, EOS is legal as well at each start of a frame after the first segment.

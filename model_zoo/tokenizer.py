@@ -187,7 +187,7 @@ class Quantizer(VectorQuantize):
     computed and kept in float32, whatever the model is cast to and under autocast, except for the
     projection in `nearest`, which follows autocast (§3.10). Code vectors are all-reduced over ranks
     if the process group exists at construction. The k-means initialization and the replacement of
-    dead codes draw from torch's global generator, in training only.
+    dead codes use torch's global generator, in training only.
     """
 
     zero: Tensor

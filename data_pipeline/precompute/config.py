@@ -72,7 +72,7 @@ class LatentsColumn(Config):
     """Latents of the whole clip.
 
     Stores the codec's posterior mean, one fixed sample of the posterior, or mean and log-variance.
-    From mean and log-variance the trainer draws a new sample in every epoch; they take twice the
+    From mean and log-variance the trainer samples anew in every epoch; they take twice the
     disk space.
     """
 

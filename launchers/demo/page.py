@@ -78,7 +78,7 @@ class Page:
             text = "choose one of the videos so far whose tokens are there"
             return gr.skip(), element("div", text, class_="bad"), gr.skip(), gr.skip()
         chosen = {"prompt": prompt} | dict(zip(KEYS, values, strict=False))
-        # What the tokens were drawn for.
+        # What the tokens were sampled for.
         chosen["num_latent_frames"] = result.record["latent_frames"]
         for kind in ("lm", "tokenizer"):
             chosen[kind] = result.record["settings"][kind]

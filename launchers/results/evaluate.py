@@ -322,7 +322,7 @@ def diffusion_inputs(
     device: torch.device,
     seed: int,
 ) -> DiffusionInputs:
-    """Inputs of the diffusion model for `samples`, with noise and timesteps drawn from the seed.
+    """Inputs of the diffusion model for `samples`, with noise and timesteps keyed by the seed.
 
     Of longer clips, the first `latent_frames` frames are used.
     """

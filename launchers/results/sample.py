@@ -144,15 +144,15 @@ def needed_parts(
 
 
 def has_codes(folder: SampleFolder, unit: SampleUnit) -> bool:
-    """Whether the codes of a unit were drawn ahead, with the settings of its folder."""
+    """Whether the codes of a unit were sampled before, with the settings of its folder."""
     return key_of_codes(folder.tokens_path(unit)) == folder.batch_key([unit])
 
 
 def batches(units: Sequence[SampleUnit], size: int) -> list[list[SampleUnit]]:
     """Consecutive units of equal length, at most `size` at once.
 
-    Prompts that change stand apart, because their tokens are drawn by segment, and so do units that
-    are given other parts of the video.
+    Units whose prompt changes are separate, because their tokens are sampled by segment, and so are
+    units that are given other parts of the video.
     """
     found: list[list[SampleUnit]] = []
     latest: tuple[int, bool, str] | None = None

@@ -149,7 +149,7 @@ class SampleFolder:
         return self.folder / UNFINISHED / units[0].name.removesuffix(".mp4")
 
     def tokens_path(self, unit: SampleUnit) -> Path:
-        """File of the codes of a unit that were drawn ahead."""
+        """File of the codes of a unit that were sampled before."""
         return self.folder / TOKENS / unit.name.replace(".mp4", ".safetensors")
 
     def batch_key(self, units: Sequence[SampleUnit]) -> str:

@@ -217,7 +217,7 @@ class LanDiffPipeline(ComponentPlacement):
                 1 + guidance_scale. That of the language model is `token_sampling.guidance`.
             generator: gives the seed; its state is not changed. Equal seeds give equal videos in
                 any batch, those of `landiff sample seed=...`. With one generator for several
-                videos, video i has its seed + 1000 i. None draws random seeds.
+                videos, video i has its seed + 1000 i. None uses random seeds.
             callback_on_step_end: called after each sampling step; it may return other latents.
                 Setting `pipe._interrupt = True` in it ends the sampling with the latents so far.
             output_type: "np" (float32 [B, T, H, W, 3] in 0 ... 1), "pt" (the same as

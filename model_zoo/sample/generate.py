@@ -142,8 +142,8 @@ def draw_codes(
         at the number of rows of the states.
     motion_score: as in `generate`.
     grid: rows and columns of feature cells of the videos, for a model with `grid_condition`.
-    prefix_codes_BK: codes of the first frames, which are not drawn.
-    progress: `progress("tokens", done, total)` is called after each draw.
+    prefix_codes_BK: codes of the first frames, which are not sampled.
+    progress: `progress("tokens", done, total)` is called after each sampled position.
 
     Raises ConfigError if several videos may end early or with `context_segments`, which stream.py
     supports; UnhealthyError if nearly all codes are the same.
@@ -152,7 +152,7 @@ def draw_codes(
     batch = len(text_BLD)
     if tokens.context_segments is not None:
         raise ConfigError(
-            f"context_segments = {tokens.context_segments} needs the codes drawn by segment, as "
+            f"context_segments = {tokens.context_segments} needs the codes sampled by segment, as "
             "`landiff sample` does; set it to null"
         )
     if tokens.predict_end and batch > 1:
@@ -228,14 +228,14 @@ def draw_latents(
     progress: `progress("latents", done, total)` is called after each sampling step; `total` counts
         the steps of all chunks.
     on_step, stop: as in `sample_latents`.
-    start_BTCHW: noise to start from, instead of noise drawn with the seeds.
+    start_BTCHW: noise to start from, instead of noise generated from the seeds.
     prefix_BTCHW: first latent frames of the videos, which are given.
     """
     window = diffusion.config.transformer.latent_frames
     chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
     total = chunks * sampler.num_steps
     parts: list[Tensor] = []
-    # One sequence of numbers for all chunks, and not the one that the tokens were drawn with.
+    # One sequence of numbers for all chunks, and not the one used for sampling the tokens.
     seeded = seeded_noise([seed + 1 for seed in seeds])
 
     def noise(step: int, shape: tuple[int, ...]) -> Tensor:

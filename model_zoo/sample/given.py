@@ -23,7 +23,7 @@ from landiff.model_zoo.tokenizer import SemanticTokenizer
 class Given:
     """The given part of a batch of videos.
 
-    codes_BK: codes of the first semantic frames, or of all. They are not drawn.
+    codes_BK: codes of the first semantic frames, or of all. They are not sampled.
     latents_BTCHW: the first latent frames, which the first chunk keeps as its clean prefix.
     """
 

@@ -132,10 +132,10 @@ class SeededNoise:
 
 
 def reference_noise(generator: torch.Generator) -> Noise:
-    """Noise in the number and order of the reference's draws.
+    """Noise generated in the same number and order of calls as in the reference.
 
-    The reference draws once for the start and for the first step, and twice for each further step,
-    where the second draw counts. On the same device a seed gives the reference's numbers.
+    The reference generates noise once for the start and for the first step, and twice for each
+    further step, where the second is used. On the same device a seed gives the reference's numbers.
     """
 
     def noise(step: int, shape: tuple[int, ...]) -> Tensor:

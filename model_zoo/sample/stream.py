@@ -100,7 +100,7 @@ class Request:
 
     @property
     def drawn_by_segment(self) -> bool:
-        """Whether the language model draws one segment at a time."""
+        """Whether the language model samples one segment at a time."""
         changing = any(len(texts_of(prompt)) > 1 for prompt in self.prompts)
         return changing or self.tokens.context_segments is not None
 
@@ -131,7 +131,7 @@ class Request:
         if self.drawn_by_segment and (self.tokens.predict_end or self.tokens.reference_behaviour):
             raise ConfigError(
                 "tokens.predict_end and tokens.reference_behaviour need the codes of the whole "
-                "video drawn at once: leave out tokens.context_segments and prompts that change"
+                "video sampled at once: omit tokens.context_segments and prompts that change"
             )
 
 
@@ -226,7 +226,7 @@ class VideoStream:
 
     @property
     def codes_BK(self) -> Tensor:
-        """Codes drawn so far, int64 [B, K]."""
+        """Codes sampled so far, int64 [B, K]."""
         return torch.cat(self._codes, dim=1)
 
     @property
@@ -411,7 +411,7 @@ class VideoStream:
         """New latents of each chunk, [B, T, C, H, W]: those of the store, then sampled ones."""
         request = self.request
         clean = request.clean_frames
-        # One sequence of numbers for all chunks, and not the one that the tokens were drawn with.
+        # One sequence of numbers for all chunks, and not the one used for sampling the tokens.
         noise = seeded_noise([seed + 1 for seed in request.seeds])
         first = 0
         prefix: Tensor | None = None
@@ -481,7 +481,7 @@ class _TextStates:
     """The last states of a text encoder, which most chunks use again.
 
     It warns about texts that are too long when it is first used, because it need not be loaded
-    before, and not at all if only tokens are drawn or rendered.
+    before, and not at all if only tokens are sampled or rendered.
     """
 
     def __init__(self, encoder: TextEncoder, all_texts: list[str]) -> None:

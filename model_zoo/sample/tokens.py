@@ -56,7 +56,7 @@ class Prompts:
     text_BLD: states of the text encoder, padded at the end.
     motion_score_B: motion scores.
     text_lengths_B: rows of each text without padding; L each if None.
-    prefix_codes_BK: codes of the first frames, which are then not drawn.
+    prefix_codes_BK: codes of the first frames, which are then not sampled.
     align_to_rows: pad all texts to the rows of `text_BLD`, not to the longest one. A row of the
         batch then does not depend on the length of the others.
     frames_condition: number of frames that the model is told, in place of the true one. A part of a
@@ -88,7 +88,7 @@ def sample_tokens(
     """Samples the codes of `num_frames` semantic frames for each prompt.
 
     seeds: one per prompt. Instead of seeds, `draw` may be given, which chooses the ids.
-    progress: `progress(done, total)` is called after each draw with positions of the body.
+    progress: `progress(done, total)` is called after each sampled position of the body.
 
     Runs on the device of the model, in its dtype or that of a surrounding autocast. Raises
     ValueError for shapes, lengths and prefix codes that do not fit.
@@ -229,10 +229,10 @@ def _guided(logits_RV: Tensor, guidance: float) -> Tensor:
 
 
 class _Body:
-    """Tokens from the first SI to EOS: known ones, positions to draw, and legal ids there.
+    """Tokens from the first SI to EOS: known ones, positions to sample, and legal ids there.
 
-    tokens_BN: tokens so far; at positions not yet drawn, CODE.
-    draws: positions to draw, in order.
+    tokens_BN: tokens so far; at positions not yet sampled, CODE.
+    draws: positions to sample, in order.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class _Body:
         return logits_BV.softmax(-1)
 
     def record(self, position: int, ids_B: Tensor) -> None:
-        """Stores drawn ids at a position of codes. Elsewhere the forced token is kept."""
+        """Stores sampled ids at a position of codes. Elsewhere the forced token is kept."""
         if self.is_code_N[position]:
             self.tokens_BN[:, position] = ids_B
 

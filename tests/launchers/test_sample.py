@@ -402,7 +402,7 @@ def test_a_video_is_continued_and_rendered_again(zoo, undisturbed, tmp_path, cap
     assert files(tmp_path / "ahead").items() <= files(undisturbed).items()
     wrong = ["--tokens", str(tokens), "num_latent_frames=8"]
     assert main([*words, f"out={tmp_path / 'again'}", *wrong]) == 2
-    assert "the length that they were drawn for" in capsys.readouterr().err
+    assert "the length they were sampled for" in capsys.readouterr().err
     assert main([*words, f"out={tmp_path / 'again'}", "--tokens", str(tokens)]) == 0
     (again,) = (tmp_path / "again").glob("*.mp4")
     assert torch.equal(frames_in(again), frames_in(undisturbed / again.name))

@@ -73,9 +73,9 @@ def _divides(samples_per_block: int, global_batch_size: int, num_timesteps: int)
 def draw_timestep(
     seed: int, sample: Sample, global_batch_size: int, num_timesteps: int, power: float = 0.0
 ) -> int:
-    """Timestep of a sample, drawn from its block.
+    """Timestep of a sample, random within its block.
 
-    power: of the timestep in the density from which it is drawn. Blocks then divide a batch into
+    power: of the timestep in its probability density. Blocks then divide a batch into
         ranges of equal probability.
     """
     low, high = timestep_block(sample.position, global_batch_size, num_timesteps)

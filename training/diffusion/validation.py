@@ -40,7 +40,7 @@ CHARTS: Charts = {
 }
 
 TENTHS = range(1, 10)  # of the schedule: where the timesteps are
-SEED = 0  # of all draws, instead of loop.seed: runs with different seeds can be compared
+SEED = 0  # of all random numbers, instead of loop.seed: runs with different seeds can be compared
 
 
 def quantile_timesteps(num_timesteps: int) -> list[int]:

@@ -150,9 +150,9 @@ def pad_to(size: int, *multiples: int) -> int:
 
 
 def text_is_dropped(seed: int, index: int, probability: float) -> bool:
-    """Bernoulli draw of text dropout, keyed by seed and sample index.
+    """Text dropout of a sample as a Bernoulli variable, keyed by seed and sample index.
 
-    `index`: number of the sample in the run. The draw does not depend on ranks or rows.
+    `index`: number of the sample in the run. The result does not depend on ranks or rows.
     """
     generator = keyed_random.generator(seed, "text-dropout", index)
     return bool(torch.rand((), generator=generator) < probability)

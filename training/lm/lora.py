@@ -160,9 +160,9 @@ def adapter_of(config: LMTrainConfig) -> AdapterConfig | None:
 
 
 class InitialAdapter(Mapping[str, Tensor]):
-    """An adapter before the first step, under our names: A drawn on access as in peft, B zero.
+    """An untrained adapter, under our names: A is initialized on access as in peft, B is zero.
 
-    A depends on seed, name and shape only, so that every parallel layout starts from the same.
+    A depends only on seed, name and shape, so it is the same in every parallel layout.
     """
 
     def __init__(self, config: LMConfig, lora: LMLoRAConfig, seed: int) -> None:

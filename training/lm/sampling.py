@@ -39,12 +39,12 @@ SEED = 0  # instead of loop.seed: the samples of different runs can be compared
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """A packed row whose codes are still to be drawn.
+    """A packed row whose codes are still to be sampled.
 
     starts: for each sample, its first position in the row.
     codes_at: for each sample, positions of its codes in the row.
     data: for each sample, its own codes, int64 [K].
-    seeds: of the draws of each sample.
+    seeds: of the random numbers of each sample.
     multiple: of the number of positions of a forward pass.
     """
 
@@ -143,7 +143,7 @@ def draw_codes(
 
 
 def prompt_clips(config: LMTrainConfig, layout: TokenLayout, world: World | None) -> list[Sample]:
-    """`preview_prompts` as clips of one segment whose codes are still to be drawn. Collective."""
+    """`preview_prompts` as clips of one segment whose codes are still to be sampled. Collective."""
     if not config.preview_prompts:
         return []
     assert config.preview_text is not None
@@ -242,7 +242,7 @@ def zero_sums(layout: TokenLayout, device: torch.device) -> dict[str, Tensor]:
 def token_sums(
     part: SamplingRow, counted: Sequence[bool], layout: TokenLayout
 ) -> dict[str, Tensor]:
-    """Sums over the counted clips of a row whose codes are drawn."""
+    """Sums over the counted clips of a row whose codes are sampled."""
     sums = zero_sums(layout, part.row.ids_N.device)
     groups = min(BIGRAM_GROUPS, layout.codebook_size)
     for origin, clips in (("data", part.data), ("sampled", part.sampled())):

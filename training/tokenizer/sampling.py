@@ -39,7 +39,7 @@ class KeyedSampling:
         codebook.replace_sample_fn = self._sampler("dead codes")
 
     def place(self, step: int, micro_batch: int, positions: Sequence[int]) -> None:
-        """Set the key of the draws in the next forward. Call before each forward.
+        """Set the key of the random numbers in the next forward. Call before each forward.
 
         positions: of this rank's samples in the global batch, in the order of the micro-batch.
         """

@@ -78,7 +78,7 @@ def check_num_codes(given: GivenFile, num_codes: int, num_latent_frames: int, lm
     if num_codes != expected:
         raise ConfigError(
             f"tokens_from = {given.path} holds {num_codes} tokens, but {num_latent_frames} latent "
-            f"frames have {expected}; set num_latent_frames to the length that they were drawn for"
+            f"frames have {expected}; set num_latent_frames to the length they were sampled for"
         )
 
 

@@ -28,7 +28,7 @@ from landiff.model_zoo.sample.placement.split import (
 )
 
 JOIN_TIMEOUT = timedelta(minutes=10)
-# The second process waits while the first one draws tokens, decodes and writes.
+# The second process waits while the first one samples tokens, decodes and writes.
 WAIT_TIMEOUT = timedelta(days=7)
 
 
