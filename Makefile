@@ -50,7 +50,7 @@ slurm:
 browser: slurm
 	tests/launchers/demo/install.sh
 
-# torchao for the tests of int8 weights and float8 products, in a folder of its own: where it is installed, diffusers,
+# torchao for the tests of int8 weights and float8 training, in a folder of its own: where it is installed, diffusers,
 # transformers and peft import it, slowly and with warnings.
 quantize: $(VENV)/quantize/torchao
 $(VENV)/quantize/torchao: $(VENV)/.installed

@@ -87,7 +87,7 @@ setup(
         "parquet": ["pyarrow>=17"],  # captions made elsewhere
         "http": ["aiohttp>=3.14"],  # data sets at https:// URLs, through fsspec
         "quantize": ["torchao>=0.18,<0.19"],  # int8 weights in sampling
-        "fp8": ["torchao>=0.18,<0.19"],  # float8 products in training
+        "fp8": ["torchao>=0.18,<0.19"],  # float8 matrix multiplications in training
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],  # local SQLite file
         "demo": ["gradio>=6.31,<7"],  # needs pillow below 13; older versions an old huggingface_hub

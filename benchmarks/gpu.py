@@ -10,8 +10,8 @@ Rows, their limit and their peer:
     lm             the trainer's step; 50 % MFU; Megatron-core's GPT, with Transformer Engine if it
                    is installed
     diffusion      the trainer's step; 45 % MFU; diffusers' CogVideoXTransformer3DModel
-    fp8            the steps with float8 products, compiled; the same goals; the steps without them,
-                   compiled too. Without the package torchao, or on a GPU without float8: no rows
+    fp8            the compiled steps with float8 matmuls; the same goals; the compiled steps
+                   without. No rows without the package torchao or on a GPU without float8
     checkpoint     seconds that saving stops training; 1 s
     tokens         sampling at batch 1; reading weights and cache once a token; the model itself
     latents        sampling with guidance; peak of the device; two passes in turns, as the release

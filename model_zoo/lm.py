@@ -274,7 +274,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.head.weight, std=INIT_STD, generator=generator)
 
     def to_inference(self, dtype: torch.dtype) -> LanguageModel:
-        """Casts weights of matrix products to `dtype` and keeps norms and head in float32.
+        """Casts weights of linear layers to `dtype` and keeps norms and head in float32.
 
         The results are those of a float32 model under autocast to `dtype`, without casting all
         weights for each token. Changes the model in place, to eval mode and without gradients, and

@@ -7,7 +7,7 @@ the sizes:
   parallel layout;
 * activations: what autograd keeps of each block, in multiples of the model width, with
   memory-efficient attention. With `recompute`, the input of each block and all activations of one;
-* FLOPs: of all matrix products, see `landiff.training.observe.flops`.
+* FLOPs: of all matrix multiplications, see `landiff.training.observe.flops`.
 
 Allocator fragmentation and library workspaces are not included. Keep a tenth of a GPU free for
 them.

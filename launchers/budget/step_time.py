@@ -9,7 +9,7 @@ from landiff.training.observe.flops import PEAK_TFLOPS
 
 USABLE = 0.9  # of the memory; the rest is for fragmentation of the allocator
 NETWORK_GB_S = 40.0  # bandwidth of a GPU to other nodes, one direction
-FASTEST = 0.75  # of the peak, reached by large matrix products
+FASTEST = 0.75  # of the peak, reached by large matmuls
 OVERLAPPED = 0.5  # of gradient traffic, hidden behind the backward pass if the config overlaps them
 
 
@@ -91,7 +91,7 @@ def model_flops_utilization(plan: BudgetPlan, gpu: Gpu, seconds: float) -> float
 
 
 def arithmetic_seconds(plan: BudgetPlan, gpu: Gpu) -> float:
-    """Seconds of all matrix products at the peak, stretched by the pipeline bubble."""
+    """Seconds of all matmuls at the peak, increased by the pipeline bubble."""
     return plan.hardware_flops / (plan.gpus * gpu.peak_tflops * 1e12) / (1 - plan.bubble)
 
 

@@ -47,28 +47,28 @@ README = """\
 # {name}
 
 Clips of {frames} frames of {height} x {width} pixels (height x width), models of the preset
-`{base}`. Made by
+`{base}`. Created with
 
     {command}
 
-Sizes of the clips are in `shards.yaml`, sizes of the models that follow from them in `model.yaml`.
-All other files extend the preset `{base}`: add to them what you want to change. `landiff config
-{base}/lm` prints what a file extends.
+The clip size is set in `shards.yaml`; the model sizes that follow from it are in `model.yaml`.
+All other files extend the preset `{base}`: add the keys that you want to change. `landiff config
+{base}/lm` prints the config that a file extends.
 
-Run all commands in this folder. Check first that everything fits:
+Run all commands in this folder. First check the configs:
 
     landiff check --preset .
 
-On this machine, all at once. The same command resumes what was interrupted:
+To run all stages on this machine (run the same command again to resume):
 
     landiff quickstart --preset . --out .
 
-Or as SLURM jobs, after editing `cluster.yaml`:
+To run them as SLURM jobs, edit `cluster.yaml`, then:
 
     landiff submit pipeline --preset . --cluster cluster.yaml --dry-run
     landiff submit pipeline --preset . --cluster cluster.yaml
 
-Or one by one:
+To run the stages one by one:
 
 {commands}
 """
