@@ -50,7 +50,7 @@ class ShardsJobConfig(ShardsConfig):
 
 
 class WorldConfig(Config):
-    """Clips of moving shapes that a pipeline makes first, in the folder `world`."""
+    """Clips of moving shapes that a pipeline generates first, in the folder `world`."""
 
     clips: PositiveInt = Field(description="Number of training clips.")
     true_clips: NonNegativeInt = Field(
@@ -314,7 +314,7 @@ class SampleConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """`landiff evaluate`: losses under right and wrong conditions, on clips of a data folder."""
+    """`landiff evaluate`: losses with right and wrong conditions, on clips of a data folder."""
 
     zoo: Path = Field(description="Zoo folder with the three models.")
     data: Path = Field(

@@ -43,7 +43,7 @@ AttentionKernel = Literal["flash-4", "flash-3", "flash-2", "cudnn", "torch"]
 
 
 class SpikeConfig(Config):
-    """Detection of steps whose loss or gradient norm lies far above that of recent steps."""
+    """Detection of steps whose loss or gradient norm is far above that of recent steps."""
 
     window: int = Field(
         default=128,
@@ -355,7 +355,7 @@ class EmaConfig(Config):
 
 
 class LoRAConfig(Config):
-    """Base class of the section `lora`: training an adapter of low rank instead of the weights.
+    """Base class of the section `lora`: training of a low-rank adapter instead of the weights.
 
     There is no dropout: checkpoints hold no random state, and its masks would depend on the layout.
     """

@@ -53,7 +53,7 @@ class World:
     local_size: ranks of this node, 0 if the launcher does not say.
     step: finished optimizer steps, for the error file.
     stop_signalled: whether this rank received SIGTERM or SIGUSR1.
-    stop_file: a request to stop if it exists; rank 0 looks for it.
+    stop_file: a request to stop if it exists; rank 0 checks for it.
     stopping: whether a rank was asked to stop, as the last `agree` found. Equal on all ranks.
     control: the gloo group. None for a single process.
     heartbeat: of the run, None outside one.
@@ -187,8 +187,8 @@ def choose_kernels(loop: LoopConfig) -> None:
 def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]:
     """Join the process group, and on rank 0 take ownership of the run folder `run`.
 
-    The process group ends with the block. An exception inside the block is written to
-    `run/errors/rank_<n>.txt` and propagates. SIGTERM and SIGUSR1 no longer end the process. They
+    The process group is destroyed at the end of the block. An exception inside the block is written
+    to `run/errors/rank_<n>.txt` and propagates. SIGTERM and SIGUSR1 do not end the process; they
     set `world.stop_signalled`, which the ranks share in each step (`World.agree`).
 
     Raises OwnedError on rank 0 if another process owns `run`.

@@ -47,7 +47,7 @@ ADVICE = (
 
 @dataclass
 class GuardEvent:
-    """A step that the guard did not simply accept.
+    """A step that the guard skipped, rolled back or reported.
 
     values: loss, gradient norm and their scores, as far as they are known.
     """
@@ -70,7 +70,7 @@ class Guard:
 
     state: replaced by that of a checkpoint when a run resumes.
     bucket: clip shape of the batch of this step; "" if the data do not name it. The loop sets it.
-    event: of the last step, None if it was accepted without remark.
+    event: of the last step, None if it was accepted and not a spike.
     scores: robust z-scores of the last step by TensorBoard tag, with `loop.spikes`.
     """
 

@@ -24,8 +24,8 @@ PHASES_DESCRIPTION = "Changes of the config at steps of the run, in the order of
 class DataChange(Config):
     """New values of `data`. null keeps a value.
 
-    A phase that names data (`manifest`, `remote`, `weight`, `where`, `blend`, `buckets`
-    or `balance_tokens`, also with the same value) begins a new order of samples with its own
+    A phase that sets data (`manifest`, `remote`, `weight`, `where`, `blend`, `buckets`
+    or `balance_tokens`, also with the same value) starts a new order of samples with its own
     epochs. Other phases continue the order.
     """
 
@@ -54,8 +54,8 @@ class DataChange(Config):
 class OptimChange(Config):
     """New values of `optim`. null keeps a value, except for the warmup.
 
-    The learning rate begins a new schedule, from the first step of the phase to `loop.steps`. It
-    continues if only `weight_decay` and `clip_grad` are named.
+    The learning rate starts a new schedule, from the first step of the phase to `loop.steps`. The
+    schedule continues if only `weight_decay` and `clip_grad` are set.
     """
 
     lr: PositiveFloat | None = Field(default=None, description="As `optim.lr`.")

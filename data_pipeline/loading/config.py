@@ -67,7 +67,7 @@ class ValidationConfig(Config):
     """Which clips are held out of training, and how many of them are validated.
 
     Exactly one of `fraction`, `clips`, `clips_file` and `data_set` is set. All clips of a held-out
-    video are left out of training, in all data sets of a blend.
+    video are excluded from training, in all data sets of a blend.
     """
 
     fraction: float | None = Field(
@@ -159,7 +159,7 @@ class RampConfig(Config):
 
 
 class DataConfig(SourceConfig):
-    """What a trainer reads, and how it is divided into batches."""
+    """Data sets of a trainer, batch sizes, and the order of samples."""
 
     blend: tuple[SourceConfig, ...] = Field(
         default=(), description="Further data sets, mixed evenly with the first by weight."

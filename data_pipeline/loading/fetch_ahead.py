@@ -1,6 +1,6 @@
 """Downloads remote shards before the loader needs them.
 
-At the end of a window of shards, all shards of the next window are new.
+When the loader moves to the next shuffle window, it needs all shards of that window.
 """
 
 from __future__ import annotations

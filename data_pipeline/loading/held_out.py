@@ -2,7 +2,7 @@
 
 Clip i is read by rank i mod n, so that the first clips of all ranks are the first of the order.
 Every rank gets equally many batches of equally many clips, at most `micro_batch_size` of them and
-all of one bucket. The last batch of a bucket is filled up with clips that do not count.
+all of one bucket. The last batch of a bucket is padded with clips that do not count.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class HeldOutClips:
             return np.array(decoder.decode(encoded, sha256=meta.video_sha256))
 
     def _batch(self, bucket: str, places: Sequence[int], first: int) -> HeldOutBatch:
-        """The clips at `places` of a bucket. Beyond its end, the first clip fills up."""
+        """The clips at `places` of a bucket. Beyond its end, it is padded with the first clip."""
         numbers = self._buckets[bucket]
         samples = []
         others = []

@@ -62,7 +62,7 @@ __all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
 
 
 class Loader:
-    """Returns this rank's part of one global batch after another, without end.
+    """Returns this rank's part of each global batch, in order and indefinitely.
 
     Tensor- and pipeline-parallel ranks with the same `dp_rank` get equal batches.
     """

@@ -32,7 +32,7 @@ from landiff.data_pipeline.loading.split import Ranks
 
 
 class PhasedLoader:
-    """Returns this rank's part of one global batch after another, over all phases of a run."""
+    """Returns this rank's part of each global batch, over all phases of a run."""
 
     def __init__(
         self,

@@ -211,7 +211,7 @@ class Remote:
 
 
 def network_errors(url: str) -> tuple[type[Exception], ...]:
-    """Exceptions of a file system that may pass, such as those of a server that is overloaded."""
+    """Exceptions of a file system that may be temporary, such as those of an overloaded server."""
     if not url.startswith(("http://", "https://")):
         return (OSError,)
     from aiohttp import ClientError  # fsspec has imported it; most of its errors are no OSError

@@ -44,8 +44,8 @@ class HeldOutBatch:
 
     All ranks get equally many batches of equally many samples.
 
-    samples: their `index` is a hash of the key, so that draws keyed by it do not depend on the
-        step, the rank or the micro-batch.
+    samples: their `index` is a hash of the key, so that random numbers keyed by it do not depend on
+        the step, the rank or the micro-batch.
     others: for each sample a clip of another video with another caption, for losses under a wrong
         condition. None if there is none.
     counted: False for samples that only fill up the batch and must not count.

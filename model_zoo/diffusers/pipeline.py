@@ -300,11 +300,11 @@ class LanDiffPipeline(ComponentPlacement):
         return VideoStream(self._on_demand(self._models()), request)
 
     def first_frames(self, frames_BTHWC: Tensor, vision: VisionFeatures) -> Given:
-        """What videos begin with: an image (T = 1), or a video that they continue.
+        """First frames of videos: an image (T = 1), or a video to continue.
 
         frames_BTHWC: uint8 [B, T, H, W, 3], one per video, at the size of the videos. T is
             1 + time · k of the codec.
-        vision: the features that the tokenizer was trained on (`landiff.model_zoo.frozen.build`).
+        vision: the encoder that the tokenizer was trained with (`landiff.model_zoo.frozen.build`).
         """
         models = self._models()
         with self._resident("semantic_tokenizer", "vae"):

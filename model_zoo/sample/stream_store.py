@@ -32,7 +32,7 @@ class StreamStore:
     """Saved codes and latents of one batch of videos. One process at a time uses a folder."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Open `folder`, or start anew if it was written for another key.
+        """Open `folder`, or clear it if it was written for another key.
 
         key: of everything that the videos depend on.
         """

@@ -318,7 +318,7 @@ class _Body:
 def new_cache(model: LanguageModel, rows: int, capacity: int) -> Decoder | KVCache:
     """A decoder with a cache, or a cache for the model itself under autocast.
 
-    Under autocast the decoder's products would be cast by it in other places than the model's.
+    Under autocast, the decoder's matmuls would be cast in other places than the model's.
     """
     if torch.is_autocast_enabled(model.token_embedding.weight.device.type):
         return model.new_cache(rows, capacity)

@@ -161,7 +161,7 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Restore a checkpoint. Collective.
 
-        In the same layout it resumes bit for bit. In another layout, or with other parameter
+        In the same layout it resumes bit-identically. In another layout, or with other parameter
         groups, it is resharded from the float32 weights and Adam's moments. Raises ConfigError for
         a checkpoint of another phase or model.
         """
@@ -243,7 +243,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _whole_sequences(self) -> Iterator[None]:
-        """Context in which each rank computes clips of its own, as without `sequence_parallel`."""
+        """Context in which each rank processes different clips, as without `sequence_parallel`."""
         self.module.sequence_group = None
         try:
             yield
@@ -253,8 +253,8 @@ class DeepSpeedEngine:
     def _own_numbers(self, count: int) -> range:
         """Which of `count` clips this rank shows.
 
-        With ZeRO-3 every forward gathers parameters, so all ranks take equally many: numbers from
-        `count` on are clips that another rank shows.
+        With ZeRO-3 every forward gathers parameters, so all ranks process equally many: numbers
+        from `count` on are clips that another rank shows.
         """
         end = count
         if self.zero.zero_optimization_stage() == 3:

@@ -32,7 +32,7 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
     blocks, and its zero projections leave the output unchanged at first. If it is a whole diffusion
     model, all parts start from it.
 
-    With `lora` only the adapter is trained, whose update is zero at first.
+    With `lora` only the adapter is trained, whose update is initialized to zero.
 
     The weights are a function of loop.seed and `init_from`. Raises ZooError.
     """

@@ -33,8 +33,8 @@ class Inputs:
     latents_BTCHW: clean latents.
     timestep_B: int64.
     prefix_B: number of first frames that the model receives without noise, int64.
-    prefix_BTCHW: latents of which the prefix frames are taken: the clean ones, or with prefix.noise
-        those with a little noise.
+    prefix_BTCHW: latents from which the prefix frames are taken: the clean ones, or with
+        prefix.noise those with a little noise.
     features_BTchw: semantic features. None in phase main.
     """
 
@@ -97,7 +97,7 @@ def happens(seed: int, purpose: str, sample: Sample, probability: float) -> bool
 def draw_prefix(seed: int, sample: Sample, config: PrefixConfig, frames: int) -> int:
     """Latent frames of a sample's prefix, 0 without one.
 
-    The lengths that leave some of its `frames` latent frames are drawn from. Images have none.
+    Chosen among the lengths that leave some of its `frames` latent frames. Images have no prefix.
     """
     lengths = [length for length in config.lengths if length < frames]
     if not lengths or not happens(seed, "prefix", sample, config.probability):
@@ -109,7 +109,7 @@ def draw_prefix(seed: int, sample: Sample, config: PrefixConfig, frames: int) ->
 
 
 def draw_window(seed: int, sample: Sample, clip_frames: int, frames: int, prefix: int) -> int:
-    """First of the `frames` latent frames that are used of a clip of `clip_frames`.
+    """First latent frame of the window of `frames` latent frames in a clip of `clip_frames`.
 
     Without a prefix the window starts with the clip, as the first chunk of a video does. With one
     it starts anywhere, as a later chunk does.

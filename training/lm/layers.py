@@ -54,9 +54,9 @@ class RowPart:
     """The tokens of a packed row that this rank of `group` computes, in two spans.
 
     Context parallelism: a row is cut into twice as many chunks as there are ranks. Rank r has chunk
-    r and the one that is as far from the end, so that causal attention takes all ranks equally
-    long. Norms, matrices and loss see a rank's own tokens (n of N) only. In attention every rank
-    gathers keys and values of the row, and computes its own queries. Megatron-core sums gradients
+    r from the front and chunk r from the end, which balances causal attention. Norms, linear layers
+    and loss process only a rank's own tokens (n of N). In attention every rank gathers keys and
+    values of the row, and computes its own queries. Megatron-core sums gradients
     and numbers of targets over the ranks. Validation and sampling run whole rows on each rank.
     """
 

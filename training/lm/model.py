@@ -393,10 +393,10 @@ def condition_modules(config: LMConfig) -> tuple[TextProjection, MicroConditions
 
 
 class InitialWeights(Mapping[str, Tensor]):
-    """Initial weights with the names of `LanguageModel` (§4.3 to §4.5), drawn on access.
+    """Initial weights with the names of `LanguageModel` (§4.3 to §4.5), generated on access.
 
     A tensor depends on seed, name and shape only, so that every parallel layout starts from the
-    same model and a rank draws only its own part.
+    same model and a rank generates only its own part.
     """
 
     def __init__(self, config: LMConfig, seed: int) -> None:
@@ -410,7 +410,7 @@ class InitialWeights(Mapping[str, Tensor]):
         self._conditions = nn.ModuleDict({"text": text, "micro": micro}).state_dict()
 
     def __getitem__(self, name: str) -> Tensor:
-        """Draws the tensor `name`."""
+        """Generates the tensor `name`."""
         if name in self._conditions:
             return self._conditions[name]
         shape = self._shapes[name]

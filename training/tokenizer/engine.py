@@ -195,7 +195,7 @@ class TokenizerEngine:
         return stacked.to(self.world.device, non_blocking=True).float()
 
     def _segment(self, sample: Sample) -> Tensor:
-        """Features of a sample [T, C, h, w]: of a longer clip, a segment that starts anywhere."""
+        """Features of a sample [T, C, h, w]: for a longer clip, those of a random segment."""
         start = self._segment_start(sample)
         return sample.tensors[COLUMN][start : start + self.config.model.segment_frames]
 
@@ -282,7 +282,7 @@ class TokenizerEngine:
     def weights(self, ema: bool) -> AbstractContextManager[None]:
         """Context in which the tokenizer holds the moving averages of its parameters, or not.
 
-        The quantizer's buffers stay as they are.
+        The quantizer's buffers do not change.
         """
         return self.ema.applied(ema, lambda: None)
 
@@ -292,7 +292,7 @@ class TokenizerEngine:
     def validate(self, batch: HeldOutBatch) -> dict[str, Tensor]:
         """Sums of errors and code counts (training/tokenizer/validation.py).
 
-        There is no collective in the forward pass, so clips that do not count are left out of it.
+        There is no collective in the forward pass, so clips that do not count are skipped.
         """
         pairs = zip(batch.samples, batch.counted, strict=True)
         samples = tuple(sample for sample, counted in pairs if counted)
