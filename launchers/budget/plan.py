@@ -84,7 +84,7 @@ def plan_command(args: argparse.Namespace) -> int:
     steps = sum(course.steps for course in courses)
     print(format_disk(checkpoint_size(config, plan), config.loop, steps))
     if not fits(plan, gpu):
-        print(f"way out     {way_out(config, args.gpus, gpu, speed)}")
+        print(f"suggestion  {way_out(config, args.gpus, gpu, speed)}")
     return 0
 
 

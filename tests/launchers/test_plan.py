@@ -386,7 +386,7 @@ def test_a_plan_names_the_way_out(capsys):
     assert main([*command, "--gpu", "l40s", "recompute=false"]) == 0
     out = capsys.readouterr().out
     assert (
-        "does NOT fit" in out and "way out     the smallest change that does: recompute=true" in out
+        "does NOT fit" in out and "suggestion  the smallest change that does: recompute=true" in out
     )
 
 
