@@ -131,7 +131,7 @@ class Request:
         if self.drawn_by_segment and (self.tokens.predict_end or self.tokens.reference_behaviour):
             raise ConfigError(
                 "tokens.predict_end and tokens.reference_behaviour need the codes of the whole "
-                "video sampled at once: omit tokens.context_segments and prompts that change"
+                "video sampled at once: leave out tokens.context_segments and prompts that change"
             )
 
 

@@ -202,7 +202,7 @@ def _check_tokens(config: SampleConfig, units: Sequence[SampleUnit]) -> list[Pro
         problems.append(
             Problem(
                 "tokens.predict_end and tokens.reference_behaviour need the tokens of the whole "
-                "video sampled at once: omit tokens.context_segments and prompts that change"
+                "video sampled at once: leave out tokens.context_segments and prompts that change"
             )
         )
     return problems
