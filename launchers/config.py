@@ -251,8 +251,8 @@ class SampleConfig(Config):
         default=False,
         description=(
             "Generate each video on two devices: a second process computes half of the batch of "
-            "the diffusion model, which is one of the two branches of guidance. `--nproc` must be "
-            "even. Videos differ by rounding, as with another `batch_size`."
+            "the diffusion model; with guidance, this is one of its two branches. `--nproc` must "
+            "be even. Videos differ by rounding, as with another `batch_size`."
         ),
     )
     precision: Literal["fp32", "bf16"] = Field(
