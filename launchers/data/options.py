@@ -86,16 +86,36 @@ def add_shapes(commands: Commands) -> None:
 def add_fit_codec(commands: Commands) -> None:
     """`landiff fit-codec`."""
     fit = add(commands, "fit-codec", "Fit a latent codec of principal components to clips.")
-    fit.add_argument("--clips", required=True, metavar="FOLDER", help="mp4 files of one shape")
+    fit.add_argument(
+        "--clips", required=True, nargs="+", metavar="FOLDER", help="mp4 files of one shape"
+    )
     fit.add_argument("--out", required=True, metavar="FILE", help="the codec, *.safetensors")
     fit.add_argument("--channels", type=int, default=16, help="channels of the latents")
-    fit.add_argument("--limit", type=int, default=1000, help="maximum number of clips")
+    fit.add_argument("--limit", type=int, default=1000, help="maximum number of clips of a folder")
     fit.add_argument(
         "--whiten",
         type=float,
         default=0.0,
         metavar="POWER",
         help="0 (one scale for all channels) to 1 (every channel has the same variance)",
+    )
+    fit.add_argument(
+        "--codec",
+        metavar="CODEC",
+        help="file or packaged codec whose components are taken, instead of a fit; needs --refine",
+    )
+    fit.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="steps that train a convolutional refinement of decoded frames (default: none)",
+    )
+    fit.add_argument("--seed", type=int, default=0, help="seed of --refine")
+    fit.add_argument(
+        "--bf16",
+        action="store_true",
+        help="train the refinement in bfloat16, about twice as fast on CPUs with AMX",
     )
 
 

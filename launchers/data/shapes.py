@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from landiff.data_pipeline.synthetic.judge import Rates
+    from landiff.model_zoo.frozen.refinement import RefinementOptions
 
 CLIPS_PER_PASS = 32  # of fit-codec
 COLUMNS = 6  # of an animated picture
@@ -205,19 +206,60 @@ def read_videos(paths: Sequence[Path]) -> Iterator[np.ndarray]:
 
 
 def fit_codec_command(args: argparse.Namespace) -> int:
-    """Fits a PCA codec to clips of one shape. Returns the exit code."""
+    """Fits a PCA codec to clips of one shape and trains its refinement. Returns the exit code."""
     from landiff.model_zoo.frozen import pca
+    from landiff.model_zoo.frozen.config import PcaConfig
+    from landiff.model_zoo.frozen.refinement import RefinementOptions
 
-    paths = sorted(Path(args.clips).glob("*.mp4"))[: args.limit]
-    if not paths:
-        raise ConfigError(f"--clips {args.clips} holds no *.mp4")
+    paths = []
+    for folder in args.clips:
+        found = sorted(Path(folder).glob("*.mp4"))[: args.limit]
+        if not found:
+            raise ConfigError(f"--clips {folder} holds no *.mp4")
+        paths += found
     if not 0 <= args.whiten <= 1:
         raise ConfigError(f"--whiten {args.whiten:g} is a power from 0 to 1")
+    if args.refine < 0:
+        raise ConfigError(f"--refine {args.refine} is a number of steps, 0 or more")
+    if args.codec is not None and not args.refine:
+        raise ConfigError(f"--codec {args.codec} needs --refine STEPS, which trains its refinement")
     started = time.process_time()
-    pca.write(pca.fit(_batches(paths), args.channels, args.whiten), Path(args.out))
+    if args.codec is not None:
+        weights = pca.build(PcaConfig(path=args.codec), "cpu").state_dict()
+    else:
+        weights = pca.fit(_batches(paths), args.channels, args.whiten)
+    if args.refine:
+        weights = _refined(
+            weights, paths, RefinementOptions(args.refine, args.seed, bfloat16=args.bf16)
+        )
+    pca.write(weights, Path(args.out))
     seconds = time.process_time() - started
     print(f"fit-codec: {args.out} from {len(paths)} clips in {seconds:.1f} CPU seconds")
     return 0
+
+
+def _refined(
+    weights: dict[str, torch.Tensor], paths: Sequence[Path], options: RefinementOptions
+) -> dict[str, torch.Tensor]:
+    """Weights with a refinement that was trained on clips.
+
+    All clips are held in memory. Raises ConfigError for clips of several sizes.
+    """
+    import torch
+
+    from landiff.launchers.progress import ProgressLine
+    from landiff.model_zoo.frozen import pca
+
+    clips = []
+    for path, frames in zip(paths, read_videos(paths), strict=True):
+        clip_THWC = torch.from_numpy(frames)
+        if clips and clip_THWC.shape[1:] != clips[0].shape[1:]:
+            sizes = [f"{clip.shape[1]} x {clip.shape[2]}" for clip in (clip_THWC, clips[0])]
+            raise ConfigError(
+                f"{path} has frames of {sizes[0]}, {paths[0]} of {sizes[1]}; give clips of one size"
+            )
+        clips.append(clip_THWC)
+    return pca.refine(weights, clips, options, ProgressLine("fit-codec", "steps"))
 
 
 def _batches(paths: Sequence[Path]) -> Iterator[torch.Tensor]:

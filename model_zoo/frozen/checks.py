@@ -34,6 +34,7 @@ ASSETS = Path(__file__).parent / "assets"
 PCA_ASSETS = {
     "shapes": ASSETS / "shapes-codec.safetensors",
     "shapes-balanced": ASSETS / "shapes-balanced-codec.safetensors",
+    "shapes-refined": ASSETS / "shapes-refined-codec.safetensors",
 }
 WIDTH_KEYS = {
     "theia": "hidden_size",

@@ -87,9 +87,10 @@ class PcaConfig(Config):
     path: str = Field(
         default="codec.safetensors",
         description=(
-            "File written by `landiff fit-codec`, or `shapes` or `shapes-balanced` for a packaged "
-            "codec of the shapes world: with one scale for all channels, or fitted with `--whiten "
-            "0.75`."
+            "File written by `landiff fit-codec`, or a packaged codec of the shapes world: "
+            "`shapes` has one scale for all channels, `shapes-balanced` was fitted with `--whiten "
+            "0.75`, and `shapes-refined` is `shapes-balanced` with a convolutional refinement of "
+            "decoded frames. The latents of the last two are equal."
         ),
     )
 

@@ -11,13 +11,24 @@ Values between them keep the order of the channels, while noise hides outlines l
 The components of first frames are rotated within their space so that a channel means as far as
 possible the same in both kinds of frames.
 
-Weights are a file of safetensors. This package has `shapes` and `shapes-balanced`, fitted by
+Cells are decoded one by one, so errors of latents show as blocks. Weights may hold a refinement
+(refinement.py), a convolutional network on the decoded frames. Latents do not depend on it, nor
+does the fingerprint.
+
+Weights are a file of safetensors. This package has `shapes`, `shapes-balanced` and
+`shapes-refined`, made by
 
     landiff shapes make --out world --clips 1000
     landiff fit-codec --clips world/train --channels 16 --out shapes.safetensors
     landiff fit-codec --clips world/train --channels 16 --whiten 0.75 --out balanced.safetensors
+    landiff shards --config quickstart/shards source=packaged data=film
+    mkdir film-clips; cat film/raw/*.tar | tar xif - -C film-clips
+    f=film-clips; landiff fit-codec --codec shapes-balanced --clips world/train $f $f $f $f $f $f
+        --refine 3600 --bf16 --out refined.safetensors
 
-to clips without the held-out combinations of the shapes world.
+from clips without the held-out combinations of the shapes world. The last also saw 69 spans of the
+packaged film (CC BY 3.0, data_pipeline/assets/ATTRIBUTION.txt), six times as often as a clip of
+shapes; it took 190 CPU seconds on a CPU with AMX.
 
 Shape letters (docs/glossary.md): B batch, T RGB frames (1 + 4 k), t latent frames (1 + k),
 C channels, H, W height and width in pixels, h, w height and width in latent cells, U pixel values
@@ -26,7 +37,7 @@ of a cell: 192 in the first latent frame, 768 in others, M cells.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,11 +49,14 @@ from landiff.configs.base import ConfigError
 from landiff.model_zoo.frozen.base import NO_VARIANCE, decode_first_and_later
 from landiff.model_zoo.frozen.checks import pca_weights
 from landiff.model_zoo.frozen.config import PcaConfig
+from landiff.model_zoo.frozen.refinement import Refinement, RefinementOptions, train_refinement
 from landiff.model_zoo.frozen.weights import encoder_fingerprint
+from landiff.model_zoo.health import UnhealthyError, require_finite
 
 SPACE = 8
 TIME = 4
 KINDS = ("first", "later")
+REFINEMENT = "refinement."  # prefix of the tensors of the refinement
 
 
 class PcaCodec(nn.Module):
@@ -61,14 +75,29 @@ class PcaCodec(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         """weights: of each kind of latent frame, basis [C, U], mean [U] and scale,
-        [] or [C]."""
+        [] or [C]; optionally those of a `Refinement`, whose names begin with `REFINEMENT`.
+
+        Raises KeyError for a missing tensor, ValueError for a refinement of other shapes,
+        UnhealthyError for NaN or infinity.
+        """
         super().__init__()
+        components = {}
         for kind in KINDS:
             for part in ("basis", "mean", "scale"):
-                self.register_buffer(f"{kind}_{part}", weights[f"{kind}_{part}"])
+                components[f"{kind}_{part}"] = weights[f"{kind}_{part}"]
+        for name, tensor in components.items():
+            self.register_buffer(name, tensor)
         self.channels = len(self.first_basis)
         constants = {"space": SPACE, "time": TIME}
-        self.fingerprint = encoder_fingerprint(self.name, constants, weights)
+        self.fingerprint = encoder_fingerprint(self.name, constants, components)
+        self.refinement: Refinement | None = None
+        refinement = {}
+        for name, tensor in weights.items():
+            if name.startswith(REFINEMENT):
+                refinement[name.removeprefix(REFINEMENT)] = tensor
+        if refinement:
+            require_finite(refinement.items(), "the refinement of the codec pca")
+            self.refinement = Refinement.load(refinement)
 
     @torch.no_grad()
     def encode(self, video_BTHWC: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:
@@ -90,11 +119,22 @@ class PcaCodec(nn.Module):
     @torch.no_grad()
     def decode(self, latents_BtChw: Tensor) -> Tensor:
         """[B, t, C, h, w] -> uint8 [B, T, H, W, 3]."""
+        x_BTHWC = self.decode_components(latents_BtChw)
+        if self.refinement is not None:
+            # One frame at a time: convolutions of several may round in another way, and the frames
+            # of a stream must be those of the whole video.
+            frames = x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2).split(1)
+            refined = torch.cat([self.refinement(x_13HW) for x_13HW in frames])
+            x_BTHWC = refined.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+        return ((x_BTHWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    @torch.no_grad()
+    def decode_components(self, latents_BtChw: Tensor) -> Tensor:
+        """[B, t, C, h, w] -> frames of about [-1, 1] without refinement, [B, T, H, W, 3]."""
         z_BthwC = latents_BtChw.to(self.first_basis.device).float().permute(0, 1, 3, 4, 2)
         first_BthwU = z_BthwC[:, :1] * self.first_scale @ self.first_basis + self.first_mean
         later_BthwU = z_BthwC[:, 1:] * self.later_scale @ self.later_basis + self.later_mean
-        x_BTHWC = torch.cat([_frames(first_BthwU, 1), _frames(later_BthwU, TIME)], dim=1)
-        return ((x_BTHWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return torch.cat([_frames(first_BthwU, 1), _frames(later_BthwU, TIME)], dim=1)
 
     def decode_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         """Consecutive parts [B, t, C, h, w] -> their frames, uint8 [B, T, H, W, 3]."""
@@ -195,6 +235,25 @@ def _scale(variances_C: Tensor, whiten: float) -> Tensor:
     return divisor_C * (variances_C / divisor_C.square()).mean().sqrt()
 
 
+def refine(
+    weights: dict[str, Tensor],
+    clips: Sequence[Tensor],
+    options: RefinementOptions,
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Tensor]:
+    """Weights with a refinement that is trained on clips, in place of one that they have.
+
+    clips: uint8 [T, H, W, 3] of the same height and width. progress: see `train_refinement`.
+    """
+    components = {}
+    for name, tensor in weights.items():
+        if not name.startswith(REFINEMENT):
+            components[name] = tensor
+    codec = PcaCodec(components)
+    trained = train_refinement(codec.encode, codec.decode_components, clips, options, progress)
+    return components | {REFINEMENT + name: tensor for name, tensor in trained.items()}
+
+
 def write(weights: dict[str, Tensor], path: Path) -> None:
     """Writes weights as safetensors."""
     save_file(weights, path)
@@ -205,7 +264,9 @@ def build(config: PcaConfig, device: str | torch.device) -> PcaCodec:
     path = pca_weights(config)
     try:
         return PcaCodec(load_file(path)).to(device)
-    except (OSError, KeyError, SafetensorError) as error:
+    except UnhealthyError:
+        raise
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"pca: path = {config.path!r} cannot be loaded ({error}); write it with "
             "`landiff fit-codec`"
