@@ -34,8 +34,8 @@ class Refinement(nn.Module):
         self.input = nn.Conv2d(PIXELS, width, 3, padding=1)
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
         self.output = nn.Conv2d(width, PIXELS, 3, padding=1)
-        for parameter in self.output.parameters():
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
 
     def forward(self, x_N3HW: Tensor) -> Tensor:
         """Frames of about [-1, 1], [N, 3, H, W] -> refined frames."""
@@ -101,8 +101,7 @@ def train_refinement(
     generator = torch.Generator().manual_seed(options.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        network = Refinement()
-    nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
+        network = Refinement().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         network.parameters(), options.learning_rate, weight_decay=0.01, foreach=False
     )

@@ -79,11 +79,6 @@ def test_latents_and_fingerprint_do_not_depend_on_the_refinement(plain, weights)
     assert not torch.equal(refined.decode(latents), plain.decode(latents))
 
 
-def test_the_refinement_moves_with_the_codec(weights):
-    codec = PcaCodec(weights).to("meta")
-    assert {tensor.device.type for tensor in codec.state_dict().values()} == {"meta"}
-
-
 def test_an_untrained_refinement_changes_no_frame(plain):
     untrained = {REFINEMENT + name: value for name, value in Refinement().state_dict().items()}
     codec = PcaCodec(plain.state_dict() | untrained)
