@@ -61,8 +61,8 @@ def test_a_project_says_what_becomes_of_clips_without_captions(tmp_path, caption
     assert ("missing_captions: file_name" in text) == (captions == "file_name")
     readme = (tmp_path / "project" / "README.md").read_text()
     (made_by,) = [line for line in readme.splitlines() if "landiff new" in line]
-    again = [*made_by.replace(" new project ", f" new {tmp_path}/again ").split()[1:]]
+    again = [*made_by.replace(" new project ", f" new {tmp_path}/second ").split()[1:]]
     assert main(again) == 0
     for name in ("shards.yaml", "README.md"):
-        found = (tmp_path / "again" / name).read_text()
-        assert found.replace("again", "project") == (tmp_path / "project" / name).read_text()
+        found = (tmp_path / "second" / name).read_text()
+        assert found.replace("second", "project") == (tmp_path / "project" / name).read_text()

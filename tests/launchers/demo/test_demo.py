@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from landiff.launchers.demo.jobs import MAX_WAITING, JobQueue
 from landiff.launchers.demo.library import Library, Result
 from landiff.launchers.demo.requests import MAX_PROMPT, build_request, model_choices
 from landiff.launchers.demo.server import DemoServer, is_local, listen
+from landiff.launchers.demo.worker import JobProgress
 from tests.launchers.demo.browser import Browser, Tab
 from tests.launchers.random_zoo import sample_config, write_random_zoo
 
 HOSTILE = "<img src=x onerror=alert(1)>${1+1}{{7*7}} ../../etc/passwd 🐇 \u202e雪"
-MANY_STEPS = "200"  # so that there is time to cancel
+MANY_STEPS = "200"  # so that there is time to cancel, at STEP_S or more for each
+STEP_S = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,20 @@ def test_a_hostile_prompt_is_text(user, base):
     user.wait_for_text("#state", "the prompt is empty")
 
 
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Sampling steps that last at least `STEP_S`, as those of larger models do."""
+    report = JobProgress.__call__
+
+    def report_and_wait(progress: JobProgress, what: str, done: int, total: int) -> None:
+        report(progress, what, done, total)
+        if what == "latents":
+            time.sleep(STEP_S)
+
+    monkeypatch.setattr(JobProgress, "__call__", report_and_wait)
+
+
+@pytest.mark.usefixtures("slow_steps")
 def test_two_users_wait_for_each_other_and_a_reload_finds_the_video(user, server, browser, base):
     """The first is cancelled in the middle, after its picture was seen; the second then starts."""
     other = visit(server, browser)

@@ -154,6 +154,9 @@ def test_the_command_trains_a_refinement_of_a_new_or_a_given_codec(tmp_path: Pat
     assert "fit-codec: 1/1 steps" in capsys.readouterr().out
     assert main([*words, str(given), "--refine", "1", "--codec", str(plain)]) == 0
     assert refined.read_bytes() == given.read_bytes()
+    rounded = tmp_path / "d.safetensors"
+    assert main([*words, str(rounded), "--refine", "1", "--bf16"]) == 0
+    assert rounded.read_bytes() != refined.read_bytes()
     components = load_file(plain)
     stored = load_file(refined)
     assert all(torch.equal(stored[name], tensor) for name, tensor in components.items())
