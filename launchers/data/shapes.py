@@ -250,7 +250,7 @@ def _refined(
     from landiff.launchers.progress import ProgressLine
     from landiff.model_zoo.frozen import pca
 
-    clips = []
+    clips: list[torch.Tensor] = []
     for path, frames in zip(paths, read_videos(paths), strict=True):
         clip_THWC = torch.from_numpy(frames)
         if clips and clip_THWC.shape[1:] != clips[0].shape[1:]:

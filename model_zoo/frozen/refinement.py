@@ -35,6 +35,7 @@ class Refinement(nn.Module):
         self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
         self.output = nn.Conv2d(width, PIXELS, 3, padding=1)
         nn.init.zeros_(self.output.weight)
+        assert self.output.bias is not None
         nn.init.zeros_(self.output.bias)
 
     def forward(self, x_N3HW: Tensor) -> Tensor:
@@ -101,7 +102,10 @@ def train_refinement(
     generator = torch.Generator().manual_seed(options.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        network = Refinement().to(memory_format=torch.channels_last)
+        network = Refinement()
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         network.parameters(), options.learning_rate, weight_decay=0.01, foreach=False
     )
