@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ import torch
 
 from landiff.configs import ConfigError
 from landiff.model_zoo.convert.formats.deepspeed import SHARDS, read_deepspeed
-from landiff.training.checks import Launch
 from landiff.training.diffusion.checks import check
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import DeepSpeedEngine, build_engine
 from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
 from tests.distributed import run_distributed
-from tests.quantize_package import add_torchao
+from tests.quantize_package import add_torchao, assert_missing_torchao_is_named
 from tests.training import saving
 from tests.training.diffusion.tiny import batch, config, make_zoo
 
@@ -231,14 +229,7 @@ def test_what_float8_layers_do_not_go_with_is_refused_in_the_config(tmp_path, ch
 
 
 def test_a_missing_torchao_is_named_before_ranks_start(tmp_path):
-    assert importlib.util.find_spec("torchao") is None  # the tests' environment has none
-    launch = Launch(1, inputs_exist=False)
-    texts = [problem.text for problem in check(config_of(tmp_path), launch)]
-    (text,) = [text for text in texts if "torchao" in text]
-    assert text.startswith("fp8 = true needs the package torchao, which is not installed; install")
-    assert "pip install 'landiff-pretrain[fp8]', or set fp8 = false" in text
-    plain = check(config_of(tmp_path, fp8=False), launch)
-    assert [problem.text for problem in plain] == [each for each in texts if each != text]
+    assert_missing_torchao_is_named(check, config_of(tmp_path), config_of(tmp_path, fp8=False))
 
 
 def two_steps(world: Any, folder: Path, fp8: bool) -> list[tuple[float, float]]:

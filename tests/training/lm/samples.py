@@ -154,3 +154,13 @@ def plain_loss(model: LanguageModel, batch: Batch, config: LMTrainConfig) -> tor
         total = total + (losses * torch.from_numpy(row.loss_weights)).sum()
         count = count + torch.from_numpy(row.loss_weights).sum()
     return total / count
+
+
+def steps(engine: MegatronEngine, first: int, end: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of steps `first` to `end` - 1."""
+    found = []
+    for step in range(first, end):
+        batch = tiny_batch(engine.config, step, engine.dp_rank, engine.dp_size)
+        result = engine.train_step(batch)
+        found.append((float(result.loss), float(result.grad_norm)))
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from landiff.configs import ConfigError
 from landiff.model_zoo.convert.formats.megatron import read_lm
-from landiff.training.checks import Launch
 from landiff.training.lm.checks import check
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.layers import Float8ColumnLinear, Float8RowLinear
 from landiff.training.lm.model import InitialWeights
 from tests.distributed import run_distributed
-from tests.quantize_package import add_torchao
+from tests.quantize_package import add_torchao, assert_missing_torchao_is_named
 from tests.training import saving
-from tests.training.lm.samples import tiny_batch, tiny_config
+from tests.training.lm.samples import steps, tiny_config
 
 STEPS = 6
 BEFORE = 4  # steps before a checkpoint
@@ -39,19 +37,9 @@ def config_of(folder: Path, parallel: dict[str, Any] | None = None, **changes: A
     return tiny_config(folder, parallel, loop={"steps": STEPS, "seed": 7}, **values)
 
 
-def go(engine: MegatronEngine, first: int = 0, end: int = STEPS) -> list[tuple[float, float]]:
-    """[(loss, gradient norm)] of some steps."""
-    found = []
-    for step in range(first, end):
-        batch = tiny_batch(engine.config, step, engine.dp_rank, engine.dp_size)
-        result = engine.train_step(batch)
-        found.append((float(result.loss), float(result.grad_norm)))
-    return found
-
-
 def train(config: LMTrainConfig) -> list[tuple[float, float]]:
     engine = MegatronEngine(config)
-    found = go(engine)
+    found = steps(engine, 0, STEPS)
     engine.close()
     return found
 
@@ -62,7 +50,7 @@ def one_layer(folder: Path, *, compiled: bool) -> list[tuple[float, float]]:
     engine = MegatronEngine(config)
     if compiled:
         engine.model.compile_blocks(backend="aot_eager")
-    found = go(engine, 0, 2)
+    found = steps(engine, 0, 2)
     engine.close()
     return found
 
@@ -81,7 +69,7 @@ def resumed(config: LMTrainConfig, folder: Path) -> list[tuple[float, float]]:
     engine = MegatronEngine(config)
     engine.load_weights(InitialWeights(config.model, 99))  # all must come from the file
     engine.load(folder)
-    found = go(engine, BEFORE)
+    found = steps(engine, BEFORE, STEPS)
     engine.close()
     return found
 
@@ -94,9 +82,9 @@ def checkpoints(folder: Path) -> dict[str, Any]:
         engine = MegatronEngine(config)
         found[f"described {fp8}"] = described(engine)
         saving.save(engine, folder / f"first {fp8}")
-        curve = go(engine, 0, BEFORE)
+        curve = steps(engine, 0, BEFORE)
         saving.save(engine, folder / f"later {fp8}")
-        found["fp8" if fp8 else "bf16"] = curve + go(engine, BEFORE)
+        found["fp8" if fp8 else "bf16"] = curve + steps(engine, BEFORE, STEPS)
         found[f"layers {fp8}"] = float8_layers(engine)
         engine.close()
     for fp8 in (True, False):
@@ -220,21 +208,14 @@ def test_what_float8_cannot_multiply_is_refused_in_the_config(tmp_path, changes,
 
 
 def test_a_missing_torchao_is_named_before_ranks_start(tmp_path):
-    assert importlib.util.find_spec("torchao") is None  # the tests' environment has none
-    launch = Launch(1, inputs_exist=False)
-    texts = [problem.text for problem in check(config_of(tmp_path), launch)]
-    (text,) = [text for text in texts if "torchao" in text]
-    assert text.startswith("fp8 = true needs the package torchao, which is not installed; install")
-    assert "pip install 'landiff-pretrain[fp8]', or set fp8 = false" in text
-    plain = check(config_of(tmp_path, fp8=False), launch)
-    assert [problem.text for problem in plain] == [each for each in texts if each != text]
+    assert_missing_torchao_is_named(check, config_of(tmp_path), config_of(tmp_path, fp8=False))
 
 
 def two_steps(world: Any, folder: Path, fp8: bool) -> list[tuple[float, float]]:
     add_torchao()
     config = config_of(folder, fp8=fp8)
     engine = MegatronEngine(config)
-    found = go(engine, 0, 2)
+    found = steps(engine, 0, 2)
     engine.close()
     return found
 

@@ -15,7 +15,7 @@ from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
 from tests.training.lm.checkpoints import assert_equal, fresh, save, tensors_of
-from tests.training.lm.samples import tiny_batch, tiny_config, tiny_sample
+from tests.training.lm.samples import steps, tiny_config, tiny_sample
 from tests.training.toy import validation_metrics
 
 VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
@@ -50,16 +50,6 @@ def config_of(folder: Path, layout: str, **changes: Any) -> LMTrainConfig:
         **changes,
     }
     return tiny_config(folder, {**ONE, **TWO}[layout], **changes)
-
-
-def steps(engine: MegatronEngine, first: int, end: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of steps `first` to `end` - 1."""
-    found = []
-    for step in range(first, end):
-        batch = tiny_batch(engine.config, step, engine.dp_rank, engine.dp_size)
-        result = engine.train_step(batch)
-        found.append((float(result.loss), float(result.grad_norm)))
-    return found
 
 
 def held_out(engine: MegatronEngine) -> dict[str, float]:
