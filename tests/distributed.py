@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from landiff.launchers.results.sampling.processes import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 ALIVE: list[Nursery] = []  # at most one
 
@@ -48,12 +50,6 @@ def run_distributed(
     """
     ranks = nursery(function.__module__).start(function, world_size, args, started=True)
     return ranks.results(timeout_s)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def nursery(module: str) -> Nursery:

@@ -39,6 +39,7 @@ from landiff.data_pipeline.format.tensors import parse_tensor
 
 TAR_BLOCK = 512
 OPEN_FILES = 256
+FETCHES = 10  # of a shard that is deleted from the cache again before it is opened
 ALIGNMENT = 64  # bytes, of parts in memory; safetensors headers keep tensors at multiples of 8
 
 
@@ -184,13 +185,17 @@ class FolderReader:
 
     def _read_bytes(self, shard: int, index: _ShardIndex, offset: int, memory: np.ndarray) -> int:
         """Read into `memory` from `offset` of a shard. Returns the bytes read. Raises OSError."""
-        try:
-            return _fill(self._file(index.path), offset, memory)
-        except FileNotFoundError:
-            if self.remote is None:
-                raise
-            self.fetch(shard)  # it was deleted from the cache for other shards
-            return _fill(self._file(index.path), offset, memory)
+        for _ in range(FETCHES):
+            try:
+                return _fill(self._file(index.path), offset, memory)
+            except FileNotFoundError:
+                if self.remote is None:
+                    raise
+                self.fetch(shard)  # it was deleted from the cache for other shards
+        raise ShardError(
+            f"{index.path} was deleted from the cache {FETCHES} times before it could be read, "
+            "because other processes need the space; raise data.cache_gigabytes"
+        )
 
     def _read_index(self, shard: int) -> _ShardIndex:
         """The index of a shard that agrees with the manifest. Raises ShardError."""
@@ -208,15 +213,8 @@ class FolderReader:
                 f"{sidecar.entry.sha256[:16]}, there {entry.sha256[:16]}): it was made again "
                 "since; run `landiff precompute finalize`"
             )
-        try:
-            size = stored.stat().st_size
-        except OSError as error:
-            raise ShardError(f"{tar}: {error}; {self.redo()}") from error
-        if size != entry.bytes:
-            raise ShardError(
-                f"{tar} is damaged: it has {size} bytes, its sidecar says {entry.bytes}; "
-                f"{self.redo()}"
-            )
+        if self.remote is None:  # of remote data, `fetch` checks it, and others may delete it
+            self._check_size(tar, entry)
         if len(sidecar.index) != entry.samples:
             raise ShardError(
                 f"{sidecar_path(tar)} lists {len(sidecar.index)} samples, the manifest "
@@ -234,6 +232,17 @@ class FolderReader:
             offsets=[offset for offset, _ in places],
             sizes=[size for _, size in places],
         )
+
+    def _check_size(self, tar: Path, entry: ShardEntry) -> None:
+        try:
+            size = tar.stat().st_size
+        except OSError as error:
+            raise ShardError(f"{tar}: {error}; {self.redo()}") from error
+        if size != entry.bytes:
+            raise ShardError(
+                f"{tar} is damaged: it has {size} bytes, its sidecar says {entry.bytes}; "
+                f"{self.redo()}"
+            )
 
     def _check_origin(self, tar: Path, sidecar: Sidecar, column: Column, raw: ShardEntry) -> None:
         """Raise ShardError unless the column's encoder computed a shard from the raw shard."""

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,9 +88,10 @@ class Remote:
         slot = int(hashlib.sha256(str(tar).encode()).hexdigest(), 16) % LOCKS
         with locked(self.cache / ".locks" / str(slot)):
             sidecar = self._sidecar(tar, folder, entry)
-            if stored.exists() and stored.stat().st_size == entry.bytes:
-                os.utime(stored)  # the least recently used shards are deleted first
-                return stored
+            with suppress(FileNotFoundError):  # others may delete it at any moment
+                if stored.stat().st_size == entry.bytes:
+                    os.utime(stored)  # the least recently used shards are deleted first
+                    return stored
             if folder == RAW:
                 self._fetch_parts(stored, folder, entry, sidecar, part)
             else:

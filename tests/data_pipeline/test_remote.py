@@ -258,3 +258,33 @@ def test_a_web_server_without_ranges_or_in_error_is_named(mixed, tmp_path, monke
     assert "/raw/" in str(error.value) and "supports HTTP Range requests" in str(error.value)
     with served(mixed, failures=99) as server, pytest.raises(ShardError, match=r"cannot be.*503"):
         training_batches(curriculum(tmp_path / "b", server.url), 1, 1)
+
+
+class ContendedRemote(Remote):
+    """Other processes delete the first `limit` shards as soon as they are downloaded."""
+
+    limit = 0
+    deleted = 0
+
+    def fetch(self, folder, entry, part):
+        stored = super().fetch(folder, entry, part)
+        if self.deleted < self.limit:
+            self.deleted += 1
+            stored.unlink()
+        return stored
+
+
+@pytest.mark.parametrize("limit", [5, 1000])
+def test_a_shard_is_deleted_from_the_cache_before_it_is_opened(data, tmp_path, limit):
+    manifest = read_manifest(data)
+    local = FolderReader(data, "tokens", "tokens.safetensors", manifest.columns["tokens"].shards)
+    with served(data) as server:
+        remote = ContendedRemote(server.url, tmp_path / "cache", 10**9)
+        remote.limit = limit
+        reader = FolderReader(remote.cache, "tokens", local.part, local.shards, remote=remote)
+        if limit > 5:
+            with pytest.raises(ShardError, match=r"deleted from the cache.*cache_gigabytes"):
+                reader.read(1, 2)
+        else:
+            assert reader.read(1, 2).tobytes() == local.read(1, 2).tobytes()
+            assert remote.deleted == limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import socket
 import subprocess
@@ -99,10 +100,20 @@ def describe_failure(number: int, processes: int, code: int) -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that no process uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that no process uses now.
+
+    It is below those that Linux gives to outgoing connections (from 32768 on), so that none of
+    them takes it before the caller listens.
+    """
+    ports = random.SystemRandom()  # no seed: other processes must find others
+    while True:
+        port = ports.randrange(20_000, 32_768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def without_option(argv: Sequence[str], option: str) -> list[str]:
