@@ -129,8 +129,9 @@ def check_precompute(config: PrecomputeConfig, launch: Launch) -> list[Problem]:
                 problems += _check_caption_file(f"{key}.path", encoder.path)
             else:
                 problems += check_encoder(key, encoder)
-        if isinstance(column, TextColumn) and column.captions is not None:
-            problems += _check_captions(f"columns.{name}.captions", column.captions, config, launch)
+        if isinstance(column, TextColumn) and column.captions and launch.inputs_exist:
+            key = f"columns.{name}.captions"
+            problems += check_captions_column(key, column.captions, config)
         if isinstance(column, TokensColumn) and launch.inputs_exist:
             key = f"columns.{name}.tokenizer"
             entry, found = find_entry(key, config.zoo, column.tokenizer, "tokenizer")
@@ -169,12 +170,10 @@ def _check_caption_file(key: str, path: Path) -> list[Problem]:
     return check_package("pyarrow", key, path, way_out)
 
 
-def _check_captions(
-    key: str, captions: str, config: PrecomputeConfig, launch: Launch
-) -> list[Problem]:
+def check_captions_column(key: str, captions: str, config: PrecomputeConfig) -> list[Problem]:
     """Whether the captions that a text column encodes are a column of the config or the data."""
     is_finished = (config.data / captions / CARD).is_file()
-    if captions in config.columns or is_finished or not launch.inputs_exist:
+    if captions in config.columns or is_finished:
         return []
     known = [name for name in config.columns if column_stem(name) == "captions"]
     return [

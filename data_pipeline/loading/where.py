@@ -111,7 +111,7 @@ class Where:
                 continue
             known = [*METADATA, *scores]
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             found = ", ".join(scores.values()) or "none"
             raise ConfigError(
                 f"unknown value {name!r} in {self.text!r}{hint} Metadata: {', '.join(METADATA)}. "
@@ -143,13 +143,22 @@ def score_columns(columns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def checked_where(name: str, text: str, manifest: Manifest, *, adopt: bool = False) -> Where:
-    """The condition of config key `name`. Raises ConfigError if its values do not exist."""
+def require_names(name: str, text: str, columns: Sequence[str]) -> Where:
+    """The condition of config key `name` on clips with `columns`.
+
+    Raises ConfigError if it names values that such clips do not have.
+    """
     try:
         where = Where(text)
-        where.check_names(list(manifest.columns))
+        where.check_names(columns)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+    return where
+
+
+def checked_where(name: str, text: str, manifest: Manifest, *, adopt: bool = False) -> Where:
+    """The condition of config key `name`. Raises ConfigError if its values do not exist."""
+    where = require_names(name, text, list(manifest.columns))
     known = score_columns(list(manifest.columns))
     used = [known[score] for score in where.names if score not in METADATA]
     check_column_fingerprints(manifest, used, adopt=adopt)

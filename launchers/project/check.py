@@ -19,6 +19,7 @@ from landiff.launchers.checks import check, load_with_problems
 from landiff.launchers.local.gpus import default_processes
 from landiff.launchers.project.chain import EXPORTED, check_chain
 from landiff.launchers.project.further import check_further, without_made_sources
+from landiff.launchers.project.names import check_names
 from landiff.launchers.project.presets import (
     PRESET_CONFIGS,
     configs_of,
@@ -146,7 +147,10 @@ def check_preset(
                 problems += [Problem(f"{stem}: {each}") for each in found]
     problems += check_space(workdir)
     if complete:
-        problems += check_chain(with_all_columns(configs))
+        joined = with_all_columns(configs)
+        with inside(workdir):
+            problems += check_chain(joined)
+            problems += check_names(joined, left)
         problems += check_further(configs, workdir, left)
         problems += check_skipped(configs, workdir, skipped)
     return PresetReport(configs, problems, skipped)

@@ -16,6 +16,7 @@ from landiff.configs.loader import nearest_name
 from landiff.configs.problems import Problem
 from landiff.data_pipeline.precompute.config import PrecomputeConfig, TokensColumn
 from landiff.launchers.config import ShardsJobConfig, WorldConfig
+from landiff.launchers.project.names import columns_read
 
 WORLD = PurePath("world")
 TRAIN = WORLD / "train"
@@ -131,7 +132,7 @@ def latents_problems(configs: Mapping[str, Any]) -> list[str]:
             f"make it{nearest_name(name, known)}; add it to latents.yaml"
         )
     later = [*configs["features"].columns, *configs["precompute"].columns]
-    for name in missing(configs["lm"].columns, later):
+    for name in missing(columns_read(configs["lm"], [*later, *known]), later):
         if name in known:
             found.append(
                 f"lm reads the column {name}, but does not wait for latents, which makes it; add "

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from landiff.configs import ConfigError
-from landiff.configs.problems import require_none
+from landiff.configs.problems import Problem, require_none
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.project.chain import check_chain
-from landiff.launchers.project.check import load_preset, with_all_columns
+from landiff.launchers.project.check import load_preset, stage_name, with_all_columns
+from landiff.launchers.project.names import check_names, columns_read
 from landiff.launchers.project.presets import PRESET_CONFIGS, require_preset
 from landiff.launchers.project.selection import check_skipped, names_to_skip, skipped_stages
 from landiff.launchers.slurm.stage_jobs import SubmitContext, SubmitPlan, plan_process, plan_stage
@@ -23,8 +24,10 @@ def plan_pipeline(
     overrides: Sequence[str],
     first: str | None = None,
     skip: Sequence[str] = (),
-) -> list[SubmitPlan]:
-    """The jobs of all stages, in an order in which they can be submitted.
+) -> tuple[list[SubmitPlan], list[Problem]]:
+    """(jobs, problems): all stages in an order in which they can be submitted.
+
+    The problems are those of stages that do not fit each other; jobs have those of their own.
 
     An override has the form `STAGE.KEY=VALUE`, e.g. `lm.loop.steps=100`, with the name of the job
     of the stage. `first` and `skip` are the values of --from and --skip. Prints the stages that
@@ -70,11 +73,15 @@ def plan_pipeline(
         last_jobs[stage.name] = final_jobs(new)
     if not plans:
         raise ConfigError("all stages are skipped, so nothing is left to submit")
-    problems = check_chain(with_all_columns(configs))
+    joined = with_all_columns(configs)
+    problems = check_chain(joined)
     if context.inputs_exist:
         problems += check_skipped(configs, context.workdir, reasons)
-    plans[-1] = replace(plans[-1], problems=(*plans[-1].problems, *problems))
-    return plans
+    if context.launch().inputs_exist:
+        problems += check_names(
+            joined, [stem for stem in configs if stage_name(stem) not in reasons]
+        )
+    return plans, problems
 
 
 def is_override(text: str) -> bool:
@@ -131,7 +138,8 @@ def dependencies(
     if not isinstance(plan.config, TrainConfig):
         return tuple(previous)
     found = [name for name in previous if name not in column_jobs.values()]
-    found += [column_jobs[column] for column in plan.config.columns if column in column_jobs]
+    read = columns_read(plan.config, column_jobs)
+    found += [column_jobs[column] for column in read if column in column_jobs]
     return tuple(dict.fromkeys(found))
 
 

@@ -30,8 +30,8 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     """
     cluster = load(ClusterConfig, cluster_source(args.cluster))
     check_job_ids(args.after or (), "--after")
-    plans = plan_jobs(args, argv, cluster)
-    problems = problems_of_plans(plans)
+    plans, problems = plan_jobs(args, argv, cluster)
+    problems += problems_of_plans(plans)
     if args.here and cluster.scheduler == "slurm" and not args.dry_run:
         problems += problems_of(lambda: check_allocation(plans, os.environ))
     if args.dry_run:
@@ -57,8 +57,11 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
 
 def plan_jobs(
     args: argparse.Namespace, argv: Sequence[str], cluster: ClusterConfig
-) -> list[SubmitPlan]:
-    """The jobs of the stage or the pipeline that `args` names, in order."""
+) -> tuple[list[SubmitPlan], list[Problem]]:
+    """(jobs, problems): those of the stage or the pipeline that `args` names, in order.
+
+    The problems are those that belong to no single job.
+    """
     default_python = "python3" if cluster.container else sys.executable
     context = SubmitContext(
         cluster=cluster,
@@ -75,7 +78,7 @@ def plan_jobs(
     words = [args.stage, *args.rest]
     if args.stage in TRAINERS:
         words.insert(0, "train")
-    return plan_stage(words, context)
+    return plan_stage(words, context), []
 
 
 def cluster_source(name: str) -> str:
