@@ -108,8 +108,7 @@ class SampleConfig(Config):
         description=(
             "File of prompts, instead of `prompts`: .txt with one per line, .csv with a header, or "
             ".jsonl, with `prompt` or `schedule` and optionally `seed`, `frames` (latent frames), "
-            "`motion` and `negative`; or .schedule with lines `FRAME: TEXT`. `-` reads lines from "
-            "standard input."
+            "`motion` and `negative`; or .schedule with lines `FRAME: TEXT`."
         ),
     )
     prompt_schedule: tuple[str, ...] = Field(
@@ -297,6 +296,16 @@ class SampleConfig(Config):
         if len(given) > 1:
             refuse_values(info, [f"{' and '.join(given)} exclude each other; leave one out"])
         return self
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _check_interval(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        """Rejects an empty range, which would turn guidance off."""
+        if interval[0] >= interval[1]:
+            raise ValueError(
+                "the range is empty; write its start before its end, or set guidance=0"
+            )
+        return interval
 
     @field_validator("prompts")
     @classmethod

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from landiff.configs.base import ConfigError
+
 
 def pick_device(name: str) -> torch.device:
-    """Device of a name. `auto` is the first GPU, or the CPU if there is none."""
+    """Device of a name. `auto` is the first GPU, or the CPU if there is none.
+
+    Raises ConfigError for a name that torch does not know, or a device that this machine lacks.
+    """
     if name == "auto":
         name = "cpu"
         if torch.cuda.is_available():
             name = "cuda"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device = {name} cannot be used: {reason}; set device=auto or device=cpu"
+        ) from None
+    return device

@@ -17,7 +17,7 @@ from landiff.launchers.commands import load_for_job, parse_task, print_dry_run
 from landiff.launchers.config import EvaluateConfig, SampleConfig, VideoMetricsConfig
 from landiff.launchers.local.gpus import check_processes, visible_gpus
 from landiff.launchers.progress import ProgressLine
-from landiff.launchers.results.prompts import sample_units, sample_values
+from landiff.launchers.results.prompts import STDIN, sample_units, sample_values
 from landiff.launchers.results.sampling.processes import sample_in_processes
 from landiff.model_zoo.evaluate.vbench import DIMENSIONS
 from landiff.training.checks import Launch
@@ -53,7 +53,10 @@ def sample_command(args: argparse.Namespace) -> int:
         print(f"sample: offload={offload} fits --memory {args.memory}")
         config = config.model_copy(update={"offload": offload})
     if processes > 1:
-        return sample_in_processes(args.argv, processes, in_pairs=config.split_guidance)
+        stdin = config.prompts if args.prompts_file == STDIN else None
+        return sample_in_processes(
+            args.argv, processes, in_pairs=config.split_guidance, stdin=stdin
+        )
     task = parse_task(args.task)
     suffix = "" if task == (0, 1) else f".{task[0]}"
     from landiff.launchers.results import sample

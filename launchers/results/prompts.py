@@ -31,6 +31,8 @@ MAX_PROMPT_BYTES = 64 << 20  # of a file of prompts
 MAX_UNITS = 1_000_000
 MAX_SLUG = 40  # characters of a prompt in the name of its mp4 file
 SEED_STEP = 1000  # between the seeds of two prompts
+MAX_SEED = (1 << 63) - 1  # the sampler counts on from a seed, and torch takes less than 2 ** 64
+STDIN = "-"  # in place of a file of prompts
 FORMATS = (".txt", ".csv", ".jsonl", ".schedule")
 Texts = tuple[tuple[int, str], ...]  # by the RGB frame from which on they hold
 TOKENS_SUFFIX = ".safetensors"  # of a file of tokens
@@ -144,7 +146,8 @@ class SampleUnit:
 def sample_units(config: SampleConfig) -> list[SampleUnit]:
     """All units of a config, in order: each prompt with each of its seeds.
 
-    Raises ConfigError for a file of prompts that cannot be read, or two equal units.
+    Raises ConfigError for a file of prompts that cannot be read, a seed above `MAX_SEED`, or two
+    equal units.
     """
     rows = [PromptRow(prompt=prompt) for prompt in config.prompts]
     if config.prompts_file is not None:
@@ -174,14 +177,19 @@ def sample_units(config: SampleConfig) -> list[SampleUnit]:
                 negative=row.negative,
             )
             units.append(unit)
-    names: dict[str, SampleUnit] = {}
+    names: set[str] = set()
     for unit in units:
+        if unit.seed > MAX_SEED:
+            raise ConfigError(
+                f"prompt {unit.number} has the seed {unit.seed}, above the largest, {MAX_SEED}; "
+                "lower it"
+            )
         if unit.name in names:
             raise ConfigError(
                 f"prompt {unit.number} occurs twice with seed {unit.seed}; give each video a seed "
                 "of its own"
             )
-        names[unit.name] = unit
+        names.add(unit.name)
     return units
 
 
@@ -219,7 +227,8 @@ def _given(config: SampleConfig, row: PromptRow, hashes: dict[Path, str]) -> Giv
 def sample_values(args: argparse.Namespace) -> dict[str, Any]:
     """Config values of the options of `landiff sample`. They are not parsed as YAML.
 
-    Raises ConfigError for seeds that are no numbers or ranges.
+    Standard input is read here, once, and its lines become prompts like those of arguments. Raises
+    ConfigError for seeds that are no numbers or ranges.
     """
     given = {"prompts": args.prompts, "--prompts FILE": args.prompts_file, "--at": args.at}
     sources = [name for name, value in given.items() if value]
@@ -229,6 +238,9 @@ def sample_values(args: argparse.Namespace) -> dict[str, Any]:
     if sources:
         values["prompts"] = args.prompts
         values["prompts_file"] = args.prompts_file
+        if args.prompts_file == STDIN:
+            values["prompts"] = stdin_prompts()
+            values["prompts_file"] = None
         values["prompt_schedule"] = args.at or []
     for key in GIVEN:
         if getattr(args, key) is not None:
@@ -272,27 +284,37 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             raise ConfigError(f"--seeds {text!r}: {part!r} is neither a number nor a range A-B")
         first = int(match[1])
         last = int(match[2] or first)
-        if last < first or last - first >= MAX_UNITS:
+        if last < first:
             raise ConfigError(f"--seeds {text!r}: {part!r} is no range of rising numbers")
+        if last - first >= MAX_UNITS:
+            raise ConfigError(f"--seeds {text!r}: {part!r} has more than {MAX_UNITS} seeds")
         seeds.extend(range(first, last + 1))
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds {text!r} names a seed twice")
     return tuple(seeds)
 
 
+def stdin_prompts() -> list[str]:
+    """The prompts of standard input, one per line. Raises ConfigError."""
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise ConfigError(f"standard input holds more than {MAX_PROMPT_BYTES} bytes of prompts")
+    rows = _from_lines(decode(data, "standard input"), "standard input")
+    return [row.prompt for row in rows]
+
+
 def read_prompts(path: Path) -> list[PromptRow]:
-    """The rows of a file of prompts; `-` reads one prompt per line from standard input.
+    """The rows of a file of prompts.
 
     .txt has one prompt per line. .csv has a header, and .jsonl one object per line, with `prompt`
     or `schedule` and optionally `seed`, `frames`, `motion` and `negative`. Blank lines are skipped.
     .schedule has schedules, lines `FRAME: TEXT`, with a blank line between two. Raises ConfigError
     with file and line.
     """
-    if str(path) == "-":
-        data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-        if len(data) > MAX_PROMPT_BYTES:
-            raise ConfigError(f"standard input holds more than {MAX_PROMPT_BYTES} bytes of prompts")
-        return _from_lines(decode(data, "standard input"), "standard input")
+    if str(path) == STDIN:
+        raise ConfigError(
+            f"prompts_file = {STDIN}: standard input is read with the option --prompts {STDIN}"
+        )
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise ConfigError(
@@ -313,10 +335,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
 
 def _row(values: dict[str, Any], place: str) -> PromptRow:
     """A checked row. Raises ConfigError with its place."""
-    try:
-        row = validate(PromptRow, values, place)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from None
+    row = validate(PromptRow, values, place)
     row.texts(place)
     return row
 
@@ -340,6 +359,10 @@ def _from_csv(text: str, origin: str) -> list[PromptRow]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
+        header = reader.fieldnames or ()
+        doubled = [name for number, name in enumerate(header) if name in header[:number]]
+        if doubled:
+            raise ConfigError(f"{origin}: the header has the column {doubled[0]!r} twice")
         for cells in reader:
             place = f"{origin}, line {reader.line_num}"
             if None in cells:

@@ -202,9 +202,9 @@ class SampleFolder:
 
     @property
     def records(self) -> list[Record]:
-        """Records of all finished videos, by file name, without the common settings."""
+        """Records of all finished videos, in order of their prompts, without common settings."""
         found = []
-        for name in sorted(self._records):
+        for name in sorted(self._records, key=_position):
             record = dict(self._records[name])
             del record["settings"]
             found.append(record)
@@ -229,6 +229,12 @@ class SampleFolder:
             self.refresh()
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records]
             write_text(self.folder / SAMPLES, "".join(lines))
+
+
+def _position(name: str) -> tuple[int, str]:
+    """Sort key of a file name: the number of its prompt, whose digits may be more than two."""
+    number = name.partition("-")[0]
+    return (int(number) if number.isdecimal() else 0), name
 
 
 def recorded_batch_size(folder: Path) -> int | None:

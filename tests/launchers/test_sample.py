@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -21,12 +22,7 @@ from landiff.launchers.arguments import build_parser
 from landiff.launchers.cli import main
 from landiff.launchers.results import sample
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
-from landiff.launchers.results.prompts import (
-    parse_seeds,
-    read_prompts,
-    sample_units,
-    sample_values,
-)
+from landiff.launchers.results.prompts import sample_units, sample_values
 from landiff.launchers.results.sample import batches, sample_videos
 from landiff.launchers.results.sample_folder import SAMPLES
 from landiff.launchers.results.sampling.checks import check_sample
@@ -267,50 +263,6 @@ def test_size_and_frames_on_the_command_line():
 # -------------------------------------------------------------------- prompts
 
 
-def test_prompts_come_from_text_csv_and_json_lines(tmp_path):
-    (tmp_path / "a.txt").write_text("a fox\n\nkey=value: 雪\r\n", encoding="utf-8")
-    assert [row.prompt for row in read_prompts(tmp_path / "a.txt")] == ["a fox", "key=value: 雪"]
-    (tmp_path / "a.csv").write_text(
-        '\ufeffprompt,seed,motion,frames,negative\n"a, fox",7,0.2,9,blur\nan owl,,,,\n',
-        encoding="utf-8",
-    )
-    fox, owl = read_prompts(tmp_path / "a.csv")
-    assert (fox.prompt, fox.seed, fox.motion, fox.frames, fox.negative) == (
-        "a, fox",
-        7,
-        0.2,
-        9,
-        "blur",
-    )
-    assert (owl.seed, owl.motion, owl.frames, owl.negative) == (None, None, None, "")
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a fox", "seed": 3}\n', encoding="utf-8")
-    assert read_prompts(tmp_path / "a.jsonl")[0].seed == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.txt", "\n \n", "holds no prompt"),
-        ("a.csv", "text\na fox\n", "prompt"),
-        ("a.csv", "prompt,seed\na,fox,3\n", "line 2 has more cells than the header"),
-        ("a.csv", "prompt,seed\na fox,soon\n", "line 2.*seed"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
-        ("a.jsonl", '{"prompt": "a", "sed": 3}\n', "sed"),
-        ("a.jsonl", "[1]\n", "line 1: a row is an object"),
-        ("a.yaml", "a fox\n", "one of .txt, .csv, .jsonl, .schedule"),
-        ("a.jsonl", '{"prompt": "a", "schedule": "0: b"}\n', "a prompt and a schedule"),
-        ("a.schedule", "0: a\n\n0: b\nfox\n", "lines 3 to 4: line 2, 'fox', does not begin with"),
-        ("a.schedule", "0: a\n9: \n", "lines 1 to 2: the text at frame 9 is empty"),
-        ("a.schedule", "8: a\n", "the first text is at frame 8; begin with frame 0"),
-        ("a.schedule", "0: a\n9: b\n9: c\n", "frame 9 follows frame 9"),
-    ],
-)
-def test_a_wrong_file_of_prompts_is_refused_with_its_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=message):
-        read_prompts(tmp_path / name)
-
-
 def test_schedules_come_from_files_and_options(zoo, tmp_path, capsys):
     texts = ["0: a fox", "17: key=value: 雪"]
     (tmp_path / "a.schedule").write_text("\n".join([*texts, "", "0: an owl"]), encoding="utf-8")
@@ -418,30 +370,6 @@ def frames_in(path: Path) -> torch.Tensor:
     return torch.from_numpy(spaced_frames(path, 17))
 
 
-def test_seeds_are_numbers_and_ranges():
-    assert parse_seeds("0-3,7") == (0, 1, 2, 3, 7)
-    for wrong in ("", "a", "3-1", "1,1", "-1"):
-        with pytest.raises(ConfigError, match="--seeds"):
-            parse_seeds(wrong)
-
-
-def test_units_are_prompts_times_seeds_times_videos(zoo, tmp_path):
-    units = sample_units(sample_config(zoo, tmp_path, seeds=(5, 10), num_videos=2))
-    assert [unit.seed for unit in units[:4]] == [5, 6, 10, 11] and len(units) == 16
-    with pytest.raises(ConfigError, match="twice with seed 6"):
-        sample_units(sample_config(zoo, tmp_path, seeds=(5, 6), num_videos=2))
-
-
-def test_batches_hold_videos_of_one_length(tmp_path, zoo):
-    (tmp_path / "a.jsonl").write_text(
-        '{"prompt": "a"}\n{"prompt": "b", "frames": 8}\n{"prompt": "c", "frames": 8}\n'
-    )
-    units = sample_units(sample_config(zoo, tmp_path, prompts_file=tmp_path / "a.jsonl"))
-    units.append(replace(units[-1], schedule=((0, "d"),), prompt="d"))
-    found = [[unit.prompt for unit in batch] for batch in batches(units, 3)]
-    assert found == [["a"], ["b", "c"], ["d"]]
-
-
 def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a fox\nan owl\n")
@@ -455,8 +383,12 @@ def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monk
     assert "would sample 3 video(s)" in capsys.readouterr().out
     assert main([*words, "a fox", "--memory", "1MB"]) == 2
     assert "--memory 0.0GB is too little" in capsys.readouterr().err
-    assert main([*words, "--prompts", "prompts.txt", "--nproc", "2"]) == 0
-    assert len(files(tmp_path / "samples")) == 2
+    for processes in ("2", "1"):  # which have nothing left to do the second time
+        lines = io.TextIOWrapper(io.BytesIO("a fox\n\nan owl 🦉\n".encode()))
+        monkeypatch.setattr(sys, "stdin", lines)
+        assert main([*words, "--prompts", "-", "--nproc", processes]) == 0
+        records = (tmp_path / "samples" / SAMPLES).read_text().splitlines()
+        assert [json.loads(line)["prompt"] for line in records] == ["a fox", "an owl 🦉"]
     assert main([*words, "--nproc", "0", "a fox"]) == 2
     assert "--nproc 0: at least one process" in capsys.readouterr().err
 

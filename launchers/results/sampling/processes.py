@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from landiff.configs import ConfigError
 from landiff.launchers.cli import CONFIG_ERROR
@@ -21,10 +22,20 @@ PARTNER_S = 10.0  # until a process is ended whose partner has failed
 POLL_S = 0.1
 
 
-def sample_in_processes(argv: Sequence[str], processes: int, *, in_pairs: bool = False) -> int:
+def sample_in_processes(
+    argv: Sequence[str],
+    processes: int,
+    *,
+    in_pairs: bool = False,
+    stdin: Sequence[str] | None = None,
+) -> int:
     """Runs a `landiff sample` command in several processes, each with a part of the videos.
 
-    Each has a GPU of its own, if there are GPUs. `in_pairs`: two processes generate each video.
+    Each has a GPU of its own, if there are GPUs.
+
+    in_pairs: two processes generate each video.
+    stdin: lines of standard input that this process has read, and each process reads again.
+
     Returns the exit code of the first process that failed, or 0. Raises the errors of
     `wait_in_pairs`.
     """
@@ -41,14 +52,25 @@ def sample_in_processes(argv: Sequence[str], processes: int, *, in_pairs: bool =
             own += ["--pair", f"{number % 2}:{port}"]
         command = [sys.executable, "-m", "landiff.launchers.cli"]
         env = environment() | one_gpu(number)
-        children.append(
-            subprocess.Popen([*command, *words[:position], *own, *words[position:]], env=env)
-        )
+        command += [*words[:position], *own, *words[position:]]
+        children.append(start(command, env, stdin))
     if in_pairs:
         wait_in_pairs(children)
         return 0
     codes = [child.wait() for child in children]
     return next((code for code in codes if code), 0)
+
+
+def start(
+    command: Sequence[str], env: Mapping[str, str], stdin: Sequence[str] | None
+) -> subprocess.Popen[bytes]:
+    """Starts a process that reads the lines `stdin`, or what this process would read if None."""
+    if stdin is None:
+        return subprocess.Popen(command, env=env)
+    with tempfile.TemporaryFile() as file:  # one for each process, which do not share its position
+        file.writelines(f"{line}\n".encode() for line in stdin)
+        file.seek(0)
+        return subprocess.Popen(command, env=env, stdin=file)
 
 
 def wait_in_pairs(children: Sequence[subprocess.Popen[bytes]]) -> None:
