@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart learn checks test test-long lint docs slurm browser quantize bench bench-gpu wheel clean
+.PHONY: install quickstart learn checks test test-slurm test-long lint docs slurm browser quantize bench bench-gpu wheel clean
 
 install: $(VENV)/.installed
 
@@ -24,8 +24,8 @@ quickstart: install
 learn: install
 	$(BIN)/landiff learn --out runs/learn
 
-# One worker for each core. The tests of a file stay together. Those of SLURM run alone
-# before, since they disturb jobs at certain moments.
+# One worker for each core. The tests of a file stay together. Those of SLURM run before, since
+# they disturb jobs at certain moments. They mostly wait, so mypy computes meanwhile.
 PARALLEL = --ignore tests/slurm --numprocesses logical --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
 
@@ -33,9 +33,12 @@ PARALLEL = --ignore tests/slurm --numprocesses logical --maxprocesses 4 --dist l
 checks: install
 	$(MAKE) --jobs 2 --output-sync lint docs slurm browser quantize
 
-test: checks
-	$(BIN)/python -m pytest -m "not long and not gpu" tests/slurm
+test: install
+	$(MAKE) --jobs 2 --output-sync lint docs test-slurm browser quantize
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
+
+test-slurm: install slurm
+	$(BIN)/python -m pytest -m "not long and not gpu" tests/slurm
 
 test-long: checks
 	$(BIN)/python -m pytest -m "not gpu" --timeout 7200 tests/slurm
