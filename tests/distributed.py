@@ -1,8 +1,8 @@
 """Run a module-level function in several gloo processes, fast.
 
-Importing torch costs seconds, so one clean process per package of tests imports the test modules
-once and forks the ranks on demand (a `Nursery`). It never computes anything itself: forking after
-torch has started threads would hang the children.
+Importing torch costs seconds, so one clean process imports each test module once and forks the
+ranks on demand (a `Nursery`). It never computes anything itself: forking after torch has started
+threads would hang the children.
 
     def check_sum(world, number):
         ...
@@ -14,6 +14,7 @@ torch has started threads would hang the children.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
@@ -53,20 +54,20 @@ def run_distributed(
 
 
 def nursery(module: str) -> Nursery:
-    """The nursery of a test module's package. Only one is kept alive, to save memory."""
-    package = module.rpartition(".")[0]
-    if ALIVE and ALIVE[-1].package != package:
-        ALIVE.pop().close()
+    """The nursery of this process, which has imported a test module. Raises RankError.
+
+    It keeps the environment variables of its start.
+    """
     if not ALIVE:
-        ALIVE.append(Nursery(package, module))
+        ALIVE.append(Nursery())
+    ALIVE[-1].load(module)
     return ALIVE[-1]
 
 
 class Nursery:
-    """A process that has imported test modules of one package and forks ranks."""
+    """A process that imports test modules and forks ranks."""
 
-    def __init__(self, package: str, module: str) -> None:
-        self.package = package
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         environment = {
             **os.environ,
@@ -75,7 +76,7 @@ class Nursery:
             "CUDA_VISIBLE_DEVICES": "",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed", module, str(theirs.fileno())],
+            [sys.executable, "-m", "tests.distributed", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=environment,
             cwd=os.getcwd(),
@@ -83,8 +84,15 @@ class Nursery:
         theirs.close()
         self.file = ours.makefile("rwb")
         ours.close()
-        if pickle.load(self.file) != "ready":
-            raise RankError(f"could not import {module} in a process of its own")
+
+    def load(self, module: str) -> None:
+        """Imports a module. Raises RankError."""
+        pickle.dump(module, self.file)
+        self.file.flush()
+        try:
+            pickle.load(self.file)
+        except EOFError:
+            raise RankError(f"could not import {module} in a process of its own") from None
 
     def start(
         self,
@@ -154,6 +162,8 @@ class Ranks:
                 deadline = time.monotonic() + 10
                 continue
             pid, code = ended
+            if pid not in self.pids:
+                continue  # of a test that failed
             codes[pid] = code
             if code != 0:
                 deadline = min(deadline, time.monotonic() + grace_s)
@@ -184,24 +194,25 @@ class Ranks:
 # -------------------------------------------------------------------- inside the nursery
 
 
-def _serve(module_name: str, descriptor: int) -> None:
-    """Import the module, then fork and reap on request until the other side closes."""
-    importlib.import_module(module_name)
+def _serve(descriptor: int) -> None:
+    """Import, fork and reap on request until the other side closes."""
     connection = socket.socket(fileno=descriptor)
     file = connection.makefile("rwb")
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    _send(file, "ready")
     alive: set[int] = set()
     while True:
         try:
             request = pickle.load(file)
         except EOFError:
             break
-        if isinstance(request, tuple):
-            importlib.import_module(request[0][0])
+        if isinstance(request, str):
+            _import(request)
+            _send(file, "ready")
+        elif isinstance(request, tuple):
+            _import(request[0][0])
             port = free_port()
             pids = [_fork(rank, port, *request) for rank in range(request[1])]
             alive.update(pids)
@@ -210,6 +221,15 @@ def _serve(module_name: str, descriptor: int) -> None:
             _send(file, _reap(alive, request, read_end))
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
+
+
+def _import(module: str) -> None:
+    """Imports a module, whose objects garbage collections of the ranks then leave alone.
+
+    Each would look at a million objects of torch and copy their memory, in every rank.
+    """
+    importlib.import_module(module)
+    gc.freeze()
 
 
 def _send(file: Any, value: Any) -> None:
@@ -295,4 +315,4 @@ def _call(
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]))
+    _serve(int(sys.argv[1]))
