@@ -2,11 +2,13 @@
 # Requires Python 3.11 or newer. No compiler is needed.
 
 PYTHON ?= python3
+VBENCH_PYTHON ?= python3.10
 VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart learn checks test test-slurm test-long lint docs slurm browser quantize bench bench-gpu wheel clean
+.PHONY: install quickstart learn checks test test-slurm test-long lint docs slurm browser quantize vbench-env \
+  bench bench-gpu wheel clean
 
 install: $(VENV)/.installed
 
@@ -61,6 +63,15 @@ $(VENV)/quantize/torchao: $(VENV)/.installed
 	  --upgrade --target $(VENV)/quantize torchao
 	touch $@
 
+# The official VBench in an interpreter of its own, since it needs other versions of numpy and transformers:
+# landiff evaluate vbench --vbench-python vbench-env/bin/python
+vbench-env: vbench-env/.installed
+vbench-env/.installed:
+	$(VBENCH_PYTHON) -m venv vbench-env
+	vbench-env/bin/python -m pip install --quiet --disable-pip-version-check "numpy<2" "transformers==4.33.2" \
+	  torch torchvision vbench==0.1.5
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,7 +82,7 @@ lint: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: install
+bench: install quantize
 	for table in $(filter-out gpu rehearsal,$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 	  echo "== $$table"; $(BIN)/python -m benchmarks.$$table || exit 1; done
 

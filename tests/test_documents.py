@@ -11,7 +11,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATION = ROOT / "docs" / "specification.md"
 SUFFIXES = {".py", ".yaml", ".md"}
-NOT_SOURCE = {"build", "dist", "runs", "site", "venv"}  # hidden folders are left out as well
+# Hidden folders are left out as well.
+NOT_SOURCE = {"build", "dist", "runs", "site", "vbench-env", "venv"}
 GENERATED = {"configuration.md", "contributing.md", "changelog.md"}  # when the site is built
 
 CITATION = re.compile(r"§+\s?(\d+(?:\.\d+)?)")

@@ -165,6 +165,24 @@ def read_augmented(path: Path) -> dict[str, str]:
     return document
 
 
+def check_augmented(
+    texts: Mapping[str, str], official: Sequence[VBenchPrompt], sampled: Sequence[VBenchPrompt]
+) -> None:
+    """Raises ConfigError unless `texts` are of official prompts, and of all that are sampled.
+
+    Otherwise some videos would be generated from official prompts without notice.
+    """
+    known = {prompt.text for prompt in official}
+    foreign = [text for text in texts if text not in known]
+    missing = [prompt.text for prompt in sampled if not texts.get(prompt.text, "").strip()]
+    for what, wrong in (("of no official prompt", foreign), ("missing", missing)):
+        if wrong:
+            raise ConfigError(
+                f"--augmented: {len(wrong)} text(s) {what}, such as {wrong[0]!r}; its keys must be "
+                "the official prompts of all dimensions to evaluate"
+            )
+
+
 def vbench_units(
     config: SampleConfig, prompts: Sequence[VBenchPrompt], texts: Mapping[str, str] | None = None
 ) -> list[SampleUnit]:

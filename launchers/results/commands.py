@@ -128,8 +128,12 @@ def vbench_command(args: argparse.Namespace) -> int:
     python = Path(args.vbench_python)
     dimensions = args.dimensions.split(",") if args.dimensions else list(DIMENSIONS)
     info = vbench.find_info(python)
-    prompts = vbench.chosen(vbench.read_prompts(info), dimensions)
-    texts = vbench.read_augmented(Path(args.augmented)) if args.augmented else {}
+    official = vbench.read_prompts(info)
+    prompts = vbench.chosen(official, dimensions)
+    texts = {}
+    if args.augmented:
+        texts = vbench.read_augmented(Path(args.augmented))
+        vbench.check_augmented(texts, official, prompts)
     units = vbench.vbench_units(config, prompts, texts)
     plan = f"would sample {len(units)} videos of {len(prompts)} prompts into {config.out}, and run "
     if args.dry_run:

@@ -114,6 +114,15 @@ def test_units_have_official_names_five_seeds_and_augmented_prompts():
     assert len({unit.key for unit in units}) == 15
 
 
+def test_augmented_prompts_must_cover_the_official_ones():
+    texts = {"a cat": "a grey cat", "a dog, running": "a brown dog"}
+    vbench.check_augmented(texts, PROMPTS, PROMPTS[:2])
+    with pytest.raises(ConfigError, match="1 text.s. missing, such as 'rain'"):
+        vbench.check_augmented(texts, PROMPTS, PROMPTS)
+    with pytest.raises(ConfigError, match="1 text.s. of no official prompt, such as 'a Cat'"):
+        vbench.check_augmented(texts | {"a Cat": "a grey cat"}, PROMPTS, PROMPTS[:2])
+
+
 def test_prompts_of_the_info_file_are_merged(tmp_path):
     entries = [
         {"prompt_en": "a cat", "dimension": ["scene"]},
