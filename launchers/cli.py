@@ -47,9 +47,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from landiff.configs.base import ConfigError
     from landiff.configs.disk_errors import explain
-    from landiff.launchers.local.children import follow_parent
+    from landiff.launchers.local.children import end_without_collection, follow_parent
 
     follow_parent()
+    if argv is None:  # this process ends with the command
+        end_without_collection()
     try:
         if args.workdir:
             os.makedirs(args.workdir, exist_ok=True)

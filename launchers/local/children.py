@@ -6,6 +6,8 @@ bash, so that it ends with its parent.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -58,6 +60,16 @@ def follow_parent() -> None:
         from landiff.configs.processes import end_with_parent
 
         end_with_parent(int(parent))
+
+
+def end_without_collection() -> None:
+    """Let this process end without the interpreter's last garbage collections.
+
+    They go through all objects of the imported packages: with torch and the models, more than a
+    second of CPU. The system frees the memory of a process that ends.
+    """
+    # Handlers run in reverse order, so this one follows those of the packages imported later.
+    atexit.register(gc.freeze)
 
 
 def main(command: list[str]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from landiff.launchers.local.children import PARENT, follow_parent
+from landiff.launchers.local.children import PARENT, end_without_collection, follow_parent
 from landiff.training.checkpoint.errors import RankLost, write_cause
 
 if TYPE_CHECKING:
@@ -77,4 +77,5 @@ def run_folder(arguments: list[str]) -> Path | None:
 
 
 if __name__ == "__main__":
+    end_without_collection()
     sys.exit(main(sys.argv[1:]))

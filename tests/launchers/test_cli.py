@@ -326,6 +326,26 @@ def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
     assert (done.returncode, done.stderr.strip()) == (code, words)
 
 
+def test_a_command_ends_without_collecting_garbage():
+    """A collection goes through all objects of torch, which takes a second."""
+    code = """
+import os, sys
+from landiff.launchers.cli import main
+class Cycle:
+    def __init__(self):
+        self.itself = self
+    def __del__(self, write=os.write):
+        write(1, b"collected")
+code = main()
+Cycle()
+sys.exit(code)
+"""
+    words = [sys.executable, "-c", code, "completion", "bash"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "landiff" in done.stdout and "collected" not in done.stdout
+
+
 def test_stop_says_what_is_no_run_and_what_does_not_run(capsys, tmp_path):
     code, _, err = run(capsys, "stop", str(tmp_path / "lm"))
     assert code == 2 and "is not a run folder" in err
