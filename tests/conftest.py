@@ -1,6 +1,8 @@
 """Options of the whole suite."""
 
+import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 # One thread everywhere: a forked child sums in the same order as its parent, and tests with several
@@ -20,6 +22,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden" / "data",
         help="folder of golden cases to run tests/golden against",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keeps the objects of all imports out of garbage collections.
+
+    They are more than half a million. Collections would go through them again and again during
+    the imports, at each `gc.collect` of a test or of what it tests, and twice at exit.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # Files whose tests take longest start first, so that no worker is left alone with one of them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -268,15 +267,10 @@ def test_a_stream_continues_after_its_saved_chunks(models, tmp_path, context):
     assert StreamStore(tmp_path / "store", "b").num_chunks == 0
 
 
-@contextlib.contextmanager
-def only_new_objects():
-    """`gc.get_objects` then lists what is made inside; a process of tests has many others."""
+def ignore_present_objects() -> None:
+    """`gc.get_objects` then lists what is made later; a process of tests has many others."""
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def held_bytes() -> int:
@@ -294,11 +288,11 @@ def test_memory_does_not_grow_with_the_length(models):
     """Tensors held after a chunk: between 6 seconds and a minute only the codes may differ."""
     most = {}
     for chunks in (6, 60):
-        with only_new_objects():
-            stream = VideoStream(models, request(3 + 2 * (chunks - 1), context_segments=1))
-            held = [held_bytes() for number, _ in enumerate(stream) if number % 5 == 4]
-            most[chunks] = max(held)
-            codes = stream.codes_BK
+        ignore_present_objects()
+        stream = VideoStream(models, request(3 + 2 * (chunks - 1), context_segments=1))
+        held = [held_bytes() for number, _ in enumerate(stream) if number % 5 == 4]
+        most[chunks] = max(held)
+        codes = stream.codes_BK
     assert 0 < most[60] - most[6] <= codes.nbytes
 
 
@@ -326,11 +320,11 @@ def test_held_memory_is_that_of_one_chunk_at_the_released_sizes():
             yield ChunkConditions(text_BLD, features_BTChw)
 
     held = []
-    with only_new_objects():
-        parts = sample_chunks(
-            diffusion, schedule, conditions(4), lambda _: seeded_noise([0]), clean=7, options=STEPS
-        )
-        for frames_BTHWC in codec.decode_stream(parts):
-            assert frames_BTHWC.shape[2:] == (480, 720, 3)
-            held.append(held_bytes())
+    ignore_present_objects()
+    parts = sample_chunks(
+        diffusion, schedule, conditions(4), lambda _: seeded_noise([0]), clean=7, options=STEPS
+    )
+    for frames_BTHWC in codec.decode_stream(parts):
+        assert frames_BTHWC.shape[2:] == (480, 720, 3)
+        held.append(held_bytes())
     assert held[1] == held[2] == held[3]
