@@ -33,9 +33,7 @@ SHOWN_LENGTH = 60  # characters of a value in an error message
 TAG = "tag:yaml.org,2002:"
 CONTAINERS = (dict, list)
 SURROGATE = re.compile("[\ud800-\udfff]")
-LARGE_NUMBER = re.compile(
-    r"\d{19}|\d[eE]\+?\d\d"
-)  # JSON number that may exceed 64 bits or be infinite
+LARGE_NUMBER = re.compile(r"\d{19}|\d[eE]\+?\d\d")  # may exceed 64 bits or be infinite
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],\n]')
 
 

@@ -14,7 +14,6 @@ Importing this module does not import torch, so that references can be checked b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from landiff.configs.files import (
 from landiff.configs.loader import read_json_as
 from landiff.configs.ownership import OWNER
 from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
+from landiff.model_zoo.convert.fingerprint import examine, require_codebook
 from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.lora.config import PEFT_CONFIG, PEFT_WEIGHTS, AdapterConfig
 
@@ -215,46 +215,6 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def weights_fingerprint(
-    kind: str,
-    config: Config | Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    progress: ProgressCallback | None = None,
-) -> str:
-    """16 hex digits over the kind, the config and all tensors, equal on every machine.
-
-    Hashes name, dtype, shape and bytes of each tensor.
-
-    progress: called with the megabytes that are hashed. Requires LazyTensors, whose sizes are known
-        before they are read.
-    """
-    import torch
-
-    from landiff.model_zoo.convert.lazy import LazyTensors, megabytes
-
-    total = 0
-    if progress is not None:
-        assert isinstance(tensors, LazyTensors), type(tensors)
-        total = tensors.num_bytes
-    done = 0
-    if isinstance(config, Config):
-        sizes = config.model_dump(mode="json")
-    else:
-        sizes = dict(config)
-    digest = hashlib.sha256(json.dumps([kind, sizes], sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        if progress is not None:
-            progress(*megabytes(done, total), "hashing")
-        done += tensor.numel() * tensor.itemsize
-        del tensor  # before the next one is read
-    if progress is not None:
-        progress(*megabytes(done, done), "hashing")
-    return digest.hexdigest()[:16]
-
-
 def export(
     zoo: Path,
     name: str,
@@ -308,12 +268,12 @@ def _export(
         weights = temporary / weights_file(card.kind)
         write_safetensors(weights, tensors, metadata, progress)
         written = read_safetensors(weights)
-        fingerprint, bad = _examine(card.kind, card.config, written, progress)
+        fingerprint, bad = examine(card.kind, card.config, written, progress)
         if bad:
             from landiff.model_zoo.health import non_finite_error
 
             raise non_finite_error(bad, f"the {card.kind} to be exported as {card.name}")
-        _require_codebook(card.kind, written, f"the {card.kind} to be exported as {card.name}")
+        require_codebook(card.kind, written, f"the {card.kind} to be exported as {card.name}")
         final = folder / fingerprint
         if not final.exists():
             content = {
@@ -462,7 +422,7 @@ def _verify_once(path: Path, stamps: tuple[tuple[int, int, int], ...]) -> None:
 
 def _verify_content(entry: ZooEntry) -> None:
     """Raises ConfigError for another fingerprint, NaN or infinity, or a collapsed codebook."""
-    fingerprint, bad = _examine(entry.kind, entry.stored_config, entry.lazy())
+    fingerprint, bad = examine(entry.kind, entry.stored_config, entry.lazy())
     if fingerprint != entry.fingerprint:
         raise ZooError(
             f"{entry.path} is damaged: its weights give the fingerprint {fingerprint}, "
@@ -472,37 +432,4 @@ def _verify_content(entry: ZooEntry) -> None:
         from landiff.model_zoo.health import non_finite_error
 
         raise non_finite_error(bad, str(entry.path))
-    _require_codebook(entry.kind, entry.lazy(), str(entry.path))
-
-
-def _require_codebook(kind: str, tensors: LazyTensors, what: str) -> None:
-    """Raises UnhealthyError if `what` is a tokenizer whose codebook has collapsed.
-
-    Weights without a codebook are refused where they are loaded into a model.
-    """
-    if kind == "tokenizer":
-        from landiff.model_zoo.health import CODES_STARTED, require_distinct_codes
-
-        if CODES_STARTED in tensors:
-            require_distinct_codes(tensors.read, what)
-
-
-def _examine(
-    kind: str,
-    config: Mapping[str, Any],
-    tensors: LazyTensors,
-    progress: ProgressCallback | None = None,
-) -> tuple[str, list[str]]:
-    """Fingerprint, and names of tensors with NaN or infinity. Reads each tensor once."""
-    from landiff.model_zoo.convert.lazy import LazyTensors
-    from landiff.model_zoo.health import non_finite
-
-    bad: list[str] = []
-
-    def read(name: str) -> Tensor:
-        tensor = tensors.read(name)
-        bad.extend(non_finite([(name, tensor)]))
-        return tensor
-
-    fingerprint = weights_fingerprint(kind, config, LazyTensors(tensors.meta, read), progress)
-    return fingerprint, bad
+    require_codebook(entry.kind, entry.lazy(), str(entry.path))

@@ -25,6 +25,7 @@ from landiff.configs import Config, ConfigError
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
 from landiff.model_zoo.convert import checkpoints
+from landiff.model_zoo.convert.fingerprint import weights_fingerprint
 from landiff.model_zoo.convert.foreign import refuse_adapter_folder
 from landiff.model_zoo.convert.formats import (
     deepspeed_write,
@@ -195,7 +196,7 @@ def describe_config(part: Part) -> str:
 
 def source_fingerprint(part: Part) -> str:
     """The fingerprint that the zoo would give a part. A VAE is hashed in the same way."""
-    return registry.weights_fingerprint(part.kind, part.config, part.tensors)
+    return weights_fingerprint(part.kind, part.config, part.tensors)
 
 
 # ---------------------------------------------------------------- writing

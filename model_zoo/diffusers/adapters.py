@@ -9,6 +9,7 @@ from torch import nn
 
 from landiff.configs import Config
 from landiff.model_zoo import registry
+from landiff.model_zoo.convert.fingerprint import weights_fingerprint
 from landiff.model_zoo.convert.formats import diffusers_folder
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import CONTROL, Part, joined
@@ -61,7 +62,7 @@ class PipelineAdapters:
             if kind == "diffusion":
                 control = _part(CONTROL, pipeline.control.model, pipeline.control.folder)
                 part = joined(control, part)
-        return registry.weights_fingerprint(part.kind, part.config, part.tensors)
+        return weights_fingerprint(part.kind, part.config, part.tensors)
 
 
 def _part(kind: str, model: nn.Module, folder: Path | None) -> Part:

@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from landiff.model_zoo import registry
+from landiff.model_zoo.convert.fingerprint import weights_fingerprint
 from landiff.model_zoo.convert.parts import MAIN
 from landiff.model_zoo.lora.config import PEFT_PREFIX, AdapterConfig, AdapterUse, BaseKind
 from landiff.model_zoo.lora.modules import add_layers, merge, set_adapter_tensors
-from landiff.model_zoo.registry import ZooEntry, ZooError, weights_fingerprint
+from landiff.model_zoo.registry import ZooEntry, ZooError
 from landiff.model_zoo.sample.placement.quantized import refuse_quantized
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from landiff.configs import ConfigError
+from landiff.model_zoo.convert.fingerprint import weights_fingerprint
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import ADAPTER, MAIN, Part, main_of
 from landiff.model_zoo.convert.rules import ConversionError
 from landiff.model_zoo.lora.config import PEFT_PREFIX, AdapterConfig
 from landiff.model_zoo.lora.modules import merged_tensors
-from landiff.model_zoo.registry import weights_fingerprint
 
 ENDS = (".lora_A.weight", ".lora_B.weight")
 

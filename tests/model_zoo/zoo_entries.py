@@ -13,6 +13,7 @@ from torch import Tensor
 from landiff.configs.base import Config
 from landiff.configs.files import sha256_file
 from landiff.model_zoo import registry
+from landiff.model_zoo.convert.fingerprint import weights_fingerprint
 
 
 def write_entry(
@@ -30,7 +31,7 @@ def write_entry(
     if stored is None:
         stored = config.model_dump(mode="json")
     sizes = dict(stored)
-    fingerprint = registry.weights_fingerprint(kind, sizes, weights)
+    fingerprint = weights_fingerprint(kind, sizes, weights)
     folder = zoo / name / fingerprint
     folder.mkdir(parents=True)
     save_file(dict(weights), folder / registry.WEIGHTS)

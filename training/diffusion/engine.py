@@ -34,6 +34,7 @@ from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer, prompt_samples
 from landiff.training.diffusion.step import Objective
 from landiff.training.diffusion.validation import CHARTS, clip_sums, prefix_frames, summarize_sums
+from landiff.training.diffusion.zero_files import state_files
 from landiff.training.diffusion.zero_settings import deepspeed_config
 from landiff.training.distributed import World
 from landiff.training.ema import Ema
@@ -151,7 +152,7 @@ class DeepSpeedEngine:
         """DeepSpeed's shards, and layout.json with their division. Collective."""
         zero.complete_optimizer_state(self.zero)
         with zero.averages_in_optimizer(self.zero, self.ema.averages):
-            files = zero.state_files(self.zero)
+            files = state_files(self.zero)
         if self.world.rank == 0:
             files.append(json_file(LAYOUT, self.layout))
             if self.adapter is not None:

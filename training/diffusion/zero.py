@@ -11,14 +11,11 @@ Only this file imports DeepSpeed. What it changes in DeepSpeed:
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,18 +25,13 @@ from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.model_zoo.convert.formats.deepspeed import (
-    CLASSES,
     EMA,
     MOMENTS,
     SHARDS,
     DeepSpeedState,
-    add_frozen,
-    divide_frozen,
-    frozen_file,
 )
-from landiff.model_zoo.convert.pickles import load_pickle
 from landiff.model_zoo.convert.rules import check_against
-from landiff.training.checkpoint.parts import StateFile, torch_archive
+from landiff.training.diffusion.zero_files import CheckpointFiles
 from landiff.training.optim import step_count
 from landiff.training.replace import replaced
 
@@ -171,64 +163,6 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
     """This rank's part of a parameter under ZeRO-3, else all of it."""
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
     return part.detach()
-
-
-class CheckpointFiles:
-    """Collects and reads DeepSpeed's checkpoint files, in place of its `checkpoint_engine`.
-
-    DeepSpeed divides its state among files and ranks; when they are written, `loop.async_save`
-    decides. Files are unpickled with an allow-list, whereas DeepSpeed would run any code in them.
-    Frozen parameters get files of their own, which never change.
-    """
-
-    def __init__(self, inner: Any, frozen: Set[str]) -> None:
-        """`inner`: DeepSpeed's own checkpoint engine. `frozen`: names of frozen parameters."""
-        self.inner = inner
-        self.frozen = frozen
-        self._files: list[StateFile] = []
-
-    def __getattr__(self, name: str) -> Any:
-        """All other attributes are those of the inner engine."""
-        return getattr(self.inner, name)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing: whoever writes the files makes their folder."""
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Collect a file."""
-        if self.frozen and "module" in state_dict:
-            state_dict, frozen = divide_frozen(state_dict, self.frozen)
-            place = str(frozen_file(Path(path)))
-            self._files.append(StateFile(place, torch_archive(frozen), constant=True))
-        self._files.append(StateFile(path, torch_archive(state_dict)))
-
-    def take(self) -> list[StateFile]:
-        """The files of this rank since the last call."""
-        files = self._files
-        self._files = []
-        return files
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file. Raises ConversionError if it holds more than what DeepSpeed writes."""
-        classes = {name: _imported(name) for name in CLASSES}
-        content = load_pickle(Path(path), classes, map_location)
-        frozen = frozen_file(Path(path))
-        if "module" in content and frozen.exists():
-            add_frozen(content, load_pickle(frozen, classes, map_location))
-        return content
-
-
-def state_files(engine: Any) -> list[StateFile]:
-    """This rank's files of DeepSpeed's checkpoint, below the folder SHARDS. Collective."""
-    engine.save_checkpoint(".", tag=SHARDS, save_latest=False)
-    files = engine.checkpoint_engine.take()
-    return [replace(file, path=os.path.normpath(file.path)) for file in files]
-
-
-def _imported(name: str) -> Any:
-    """The object with a dotted name."""
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def full_shapes(module: nn.Module) -> dict[str, list[int]]:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from landiff.configs import ConfigError
+from landiff.model_zoo.convert.fingerprint import weights_fingerprint
 from landiff.model_zoo.convert.formats.megatron import read_lm
-from landiff.model_zoo.registry import weights_fingerprint
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
