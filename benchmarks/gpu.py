@@ -48,6 +48,7 @@ from benchmarks.support.models import (
     matmul_peak,
     timed,
 )
+from benchmarks.support.rows import MeasuredStep, Row, table
 from landiff.model_zoo.attention import Backend, attention, find_installed, prefer
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.dit import DiffusionTransformer
@@ -86,20 +87,19 @@ class Case:
         return self.world.device
 
 
-@dataclass(frozen=True)
-class Row:
-    """Row of the table. limit and peer are in the unit of the value; None where there is none.
+def lm_step(case: Case, seconds: float, peer: float, memory: int) -> MeasuredStep:
+    """A step of the language model."""
+    sizes = case.sizes.lm
+    length = TokenLayout.of(sizes).sequence_length(sizes.segment_frames, case.text_length)
+    flops = lm.step_flops(sizes, case.samples, length)
+    tokens = case.samples * length
+    return MeasuredStep(tokens, "tokens/s", flops, LM_GOAL, seconds, peer, memory)
 
-    mfu: part of the peak. memory: largest allocation in bytes, 0 on the CPU.
-    """
 
-    name: str
-    value: float
-    unit: str
-    limit: float | None = None
-    peer: float | None = None
-    mfu: float | None = None
-    memory: int = 0
+def diffusion_step(case: Case, seconds: float, peer: float, memory: int) -> MeasuredStep:
+    """A step of the main transformer."""
+    flops = diffusion.step_flops(case.sizes.diffusion.transformer, case.samples)
+    return MeasuredStep(case.samples, "clips/s", flops, DIFFUSION_GOAL, seconds, peer, memory)
 
 
 def fastest(work: Callable[[], object], case: Case) -> float:
@@ -220,7 +220,6 @@ def lm_rows(case: Case) -> list[Row]:
 
     sizes = case.sizes.lm
     length = TokenLayout.of(sizes).sequence_length(sizes.segment_frames, case.text_length)
-    tokens = case.samples * length
     with tempfile.TemporaryDirectory() as folder:
         config = lm.train_config(sizes, Path(folder), case.samples, case.precision)
         batch = lm.make_batch(config, case.text_length)
@@ -234,17 +233,8 @@ def lm_rows(case: Case) -> list[Row]:
         with megatron_device():
             peer = fastest(megatron_peer(case, length), case)
         engine.close()
-    flops = lm.step_flops(sizes, case.samples, length)
     return [
-        Row(
-            "lm step",
-            tokens / seconds,
-            "tokens/s",
-            LM_GOAL * case.peak / flops * tokens,
-            tokens / peer,
-            flops / seconds / case.peak,
-            peak_memory,
-        ),
+        lm_step(case, seconds, peer, peak_memory).row("lm step", case.peak),
         Row("lm checkpoint", stall, "s", STALL_GOAL_S),
     ]
 
@@ -288,17 +278,8 @@ def diffusion_rows(case: Case) -> list[Row]:
         checkpoint.mkdir()
         stall = timed(lambda: write_files(checkpoint, engine.state_files()), case.device)
         peer = fastest(diffusers_peer(case), case)
-    flops = diffusion.step_flops(sizes, case.samples)
     return [
-        Row(
-            "diffusion step",
-            case.samples / seconds,
-            "clips/s",
-            DIFFUSION_GOAL * case.peak / flops * case.samples,
-            case.samples / peer,
-            flops / seconds / case.peak,
-            peak_memory,
-        ),
+        diffusion_step(case, seconds, peer, peak_memory).row("diffusion step", case.peak),
         Row("diffusion checkpoint", stall, "s", STALL_GOAL_S),
     ]
 
@@ -307,37 +288,17 @@ def float8_rows(case: Case) -> list[Row]:
     """The trainers' steps with `fp8`, against the same steps without it."""
     if importlib.util.find_spec(PACKAGE) is None or not float8.is_supported(case.device):
         return []
-    sizes = case.sizes.lm
-    length = TokenLayout.of(sizes).sequence_length(sizes.segment_frames, case.text_length)
-    lm_flops = lm.step_flops(sizes, case.samples, length)
-    clip_flops = diffusion.step_flops(case.sizes.diffusion.transformer, case.samples)
     works = [
-        ("lm step fp8", lm_seconds, case.samples * length, "tokens/s", LM_GOAL, lm_flops),
-        (
-            "diffusion step fp8",
-            diffusion_seconds,
-            case.samples,
-            "clips/s",
-            DIFFUSION_GOAL,
-            clip_flops,
-        ),
+        ("lm step fp8", lm_seconds, lm_step),
+        ("diffusion step fp8", diffusion_seconds, diffusion_step),
     ]
     rows = []
-    for name, measure, amount, unit, goal, flops in works:
+    for name, measure, step in works:
         with measured_memory(case.device) as memory:
             seconds = measure(case, fp8=True)
             peak_memory = memory()
         peer = measure(case, fp8=False)
-        row = Row(
-            name,
-            amount / seconds,
-            unit,
-            goal * case.peak / flops * amount,
-            amount / peer,
-            flops / seconds / case.peak,
-            peak_memory,
-        )
-        rows.append(row)
+        rows.append(step(case, seconds, peer, peak_memory).row(name, case.peak))
     return rows
 
 
@@ -432,28 +393,6 @@ ROWS: dict[str, Callable[[Case], list[Row]]] = {
     "fp8": float8_rows,
     "sampling": sampling_rows,
 }
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The printed table. Ratios above 1 are good, except in rows of seconds."""
-    lines = [
-        f"{'row':<22} {'value':>10} {'unit':<9} {'MFU':>6} {'GiB':>6} {'limit':>10} "
-        f"{'of limit':>8} {'peer':>10} {'of peer':>8}"
-    ]
-    for row in rows:
-        mfu = "-" if row.mfu is None else f"{row.mfu:.1%}"
-        memory = f"{row.memory / 2**30:.1f}" if row.memory else "-"
-        lines.append(
-            f"{row.name:<22} {row.value:>10.4g} {row.unit:<9} {mfu:>6} {memory:>6} "
-            f"{_against(row.value, row.limit)} {_against(row.value, row.peer)}"
-        )
-    return "\n".join(lines)
-
-
-def _against(value: float, other: float | None) -> str:
-    if other is None:
-        return f"{'-':>10} {'-':>8}"
-    return f"{other:>10.4g} {value / other:>7.2f}x"
 
 
 def toy(sizes: ModelConfig) -> ModelConfig:

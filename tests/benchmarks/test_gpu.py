@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import gpu
+from benchmarks.support.rows import Row, table
 from tests.distributed import run_distributed
 from tests.quantize_package import add_torchao
 
 
-def dry_run(world: Any) -> list[tuple[gpu.Row, ...]]:
+def dry_run(world: Any) -> list[tuple[Row, ...]]:
     options = gpu.parse_arguments(["--dry-run"])
     case = gpu.make_case(options, world)
     return [tuple(gpu.ROWS[name](case)) for name in options.only]
 
 
-def float8_rows(world: Any) -> list[gpu.Row]:
+def float8_rows(world: Any) -> list[Row]:
     add_torchao()
     return gpu.float8_rows(gpu.make_case(gpu.parse_arguments(["--dry-run"]), world))
 
@@ -43,5 +44,5 @@ def test_every_row_has_a_value_a_limit_and_a_peer():
     for row in rows:
         assert row.value > 0 and row.limit is not None, row
         assert row.peer is not None or row.unit == "s", row
-    text = gpu.table(rows)
+    text = table(rows)
     assert len(text.splitlines()) == 1 + len(rows)
