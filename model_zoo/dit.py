@@ -218,7 +218,7 @@ class DiffusionTransformer(nn.Module):
     """Main transformer.
 
     Set `recompute` in training to save memory: the backward pass then computes the activations of
-    each block again.
+    each block again. With `keep_inputs_on_host` it reads the inputs of the blocks from the host.
 
     Set `sequence_group` to let its ranks compute each sequence together. They call the model with
     the same inputs, and all get the whole output.
@@ -228,6 +228,7 @@ class DiffusionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
+        self.keep_inputs_on_host = False
         self.sequence_group: dist.ProcessGroup | None = None
         self.input = TransformerInput(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -252,12 +253,25 @@ class DiffusionTransformer(nn.Module):
         x_BSD, time_BE = self.input(latents_BTCHW, timestep_B, text_BLD)
         x_BSD = positions.own(x_BSD)
         for block in self.blocks:
-            x_BSD = run_block(block, x_BSD, time_BE, positions, recompute=self.recompute)
+            x_BSD = self.run_block(block, x_BSD, time_BE, positions)
         return self.finish(x_BSD, time_BE, positions, latents_BTCHW.shape)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles each block at its first call. options: those of torch.compile."""
         compile_blocks(self.blocks, **options)
+
+    def run_block(
+        self, block: nn.Module, x_BSD: Tensor, time_BE: Tensor, positions: Positions
+    ) -> Tensor:
+        """Output of a block, which keeps for the backward pass what this model is set to."""
+        return run_block(
+            block,
+            x_BSD,
+            time_BE,
+            positions,
+            recompute=self.recompute,
+            keep_inputs_on_host=self.keep_inputs_on_host,
+        )
 
     def positions(self, latents_BTCHW: Tensor, text_length: int) -> Positions:
         """The positions that this rank computes of the sequence of `latents_BTCHW` and the text."""
@@ -329,6 +343,15 @@ class ControlledDiffusion(nn.Module):
         self.transformer.recompute = recompute
 
     @property
+    def keep_inputs_on_host(self) -> bool:
+        """Whether the inputs of these blocks are then read from the host."""
+        return self.transformer.keep_inputs_on_host
+
+    @keep_inputs_on_host.setter
+    def keep_inputs_on_host(self, on_host: bool) -> None:
+        self.transformer.keep_inputs_on_host = on_host
+
+    @property
     def sequence_group(self) -> dist.ProcessGroup | None:
         """The ranks that compute each sequence together, see `DiffusionTransformer`."""
         return self.transformer.sequence_group
@@ -371,7 +394,6 @@ class ControlledDiffusion(nn.Module):
                 f"{list(latents_BTCHW.shape)}: features need one frame per latent frame, on a grid "
                 f"{self.semantic.scale} times coarser than the latents'"
             )
-        recompute = self.recompute
         positions = main.positions(latents_BTCHW, text_BLD.shape[1])
         x_BSD, time_BE = main.input(latents_BTCHW, timestep_B, text_BLD)
         given_BTCHW = semantic_BTCHW
@@ -381,12 +403,10 @@ class ControlledDiffusion(nn.Module):
         x_BSD = positions.own(x_BSD)
         h_BSD = positions.own(h_BSD)
         for layer, block in enumerate(main.blocks):
-            x_BSD = run_block(block, x_BSD, time_BE, positions, recompute=recompute)
+            x_BSD = main.run_block(block, x_BSD, time_BE, positions)
             if layer < len(control.blocks):
                 control_block = control.blocks[layer]
-                h_BSD = run_block(
-                    control_block, h_BSD, control_time_BE, positions, recompute=recompute
-                )
+                h_BSD = main.run_block(control_block, h_BSD, control_time_BE, positions)
                 projected_BSD = control.projections[layer](h_BSD)
                 x_BSD = x_BSD + projected_BSD
                 if self.config.control_projections == "series":

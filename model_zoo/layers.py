@@ -5,14 +5,19 @@ Shape letters: docs/glossary.md. `...` stands for any leading dimensions.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 
 def rotary_angles(
@@ -140,15 +145,66 @@ def compile_blocks(blocks: Iterable[nn.Module], **options: Any) -> None:
         block.compile(**options)
 
 
-def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+def run_block(
+    block: nn.Module, *inputs: Any, recompute: bool, keep_inputs_on_host: bool = False
+) -> Tensor:
     """Returns `block(*inputs)`.
 
     With `recompute`, activations inside the block are not kept for the backward pass but computed
-    again there, which saves memory and costs one more forward pass. Without gradients it has no
-    effect.
+    again there, which saves memory and costs one more forward pass. The inputs are kept, with
+    `keep_inputs_on_host` in host memory. Without gradients neither has an effect.
     """
-    if recompute and torch.is_grad_enabled():
-        # The reentrant variant gives no gradients where no input requires one, as behind frozen
-        # input layers.
+    if not (recompute and torch.is_grad_enabled()):
+        return block(*inputs)
+    # The reentrant variant gives no gradients where no input requires one, as behind frozen input
+    # layers.
+    if not keep_inputs_on_host:
         return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
+    with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+
+def run_selectively(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Returns `function(*inputs)`, of which only expensive results are kept for the backward pass.
+
+    Those of matrix multiplications and attention; the others are computed again there.
+    """
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_expensive(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    """Whether `run_selectively` keeps the result of an operator: `aten::mm`, `aten::_scaled_mm`,
+    `aten::_scaled_dot_product_flash_attention`, `flash_attn::_flash_attn_varlen_forward` and so on.
+    """
+    name = operator.name().partition(".")[0]
+    if name.endswith("mm") or "attention" in name or "attn" in name:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+LARGE = 1 << 20  # bytes of a tensor that is worth a copy to the host
+
+HostCopy = tuple[torch.device, Tensor]
+"""Device of a tensor, and its copy in host memory."""
+
+
+def _to_host(tensor: Tensor) -> Tensor | HostCopy:
+    """What autograd keeps of a tensor: a copy in host memory of a large one.
+
+    The copies run in the stream of the computation, after which the memory on the device is free.
+    The host does not wait, and reads nothing. torch's `save_on_cpu` waits for each copy.
+    """
+    if tensor.nbytes < LARGE:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    host.copy_(tensor, non_blocking=True)
+    return tensor.device, host
+
+
+def _from_host(kept: Tensor | HostCopy) -> Tensor:
+    """The tensor that `_to_host` has copied."""
+    if isinstance(kept, Tensor):
+        return kept
+    device, host = kept
+    return host.to(device, non_blocking=True)

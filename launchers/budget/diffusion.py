@@ -192,7 +192,8 @@ def memory_by_part(config: DiffusionTrainConfig, cost: DiffusionCost, gpus: int)
     # Recomputation keeps the input of every block, and all activations of the block in work.
     widths = cost.kept_widths
     if config.recompute:
-        widths = cost.num_layers + KEPT_CONTROL + KEPT_ONCE
+        inputs = 0 if config.offload_activations else cost.num_layers
+        widths = inputs + KEPT_CONTROL + KEPT_ONCE
     blocks = rows * config.model.transformer.hidden_size * element * widths
     trained = cost.trained
     gradients = 4 * trained  # summed in float32

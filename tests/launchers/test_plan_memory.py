@@ -23,10 +23,11 @@ WITHIN = 0.1
 LAYERS = 4
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("recompute", "offload"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("phase", ["main", "control"])
-def test_activations_of_the_diffusion_model(phase, recompute):
+def test_activations_of_the_diffusion_model(phase, recompute, offload):
     overrides = [f"model.transformer.num_layers={LAYERS}", f"recompute={str(recompute).lower()}"]
+    overrides += [f"offload_activations={str(offload).lower()}"]
     overrides += [f"model.control_layers={LAYERS // 2}"]
     config = load(DiffusionTrainConfig, f"landiff/diffusion-{phase}", overrides)
     sizes = config.model.transformer
@@ -54,6 +55,7 @@ def test_activations_of_the_diffusion_model(phase, recompute):
         if recompute:
             # Beside the inputs of all blocks, one block has all its activations in the backward.
             module.recompute = True
+            module.keep_inputs_on_host = offload
             kept = kept_bytes(module, lambda: module(*inputs))
             kept += one_block(config, phase)
         else:

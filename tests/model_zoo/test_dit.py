@@ -12,6 +12,7 @@ from diffusers import CogVideoXTransformer3DModel
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from landiff.model_zoo import layers
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
 from landiff.model_zoo.convert.formats import diffusers_transformer, release_diffusion
 from landiff.model_zoo.convert.rules import ConversionError, apply_rules, check_against
@@ -207,6 +208,34 @@ def test_recomputed_activations_give_the_same_gradients(trainable_main):
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
     assert any(n.startswith("transformer.") for n in gradients[0]) == trainable_main
+
+
+@pytest.mark.parametrize("trainable_main", [True, False])
+def test_inputs_of_recomputed_blocks_wait_on_the_host(trainable_main, monkeypatch):
+    """All of them, and the gradients are the same. On the CPU a copy is a copy too."""
+    monkeypatch.setattr(layers, "LARGE", 0)
+    copies = []
+
+    def to_host(tensor: torch.Tensor) -> layers.HostCopy:
+        kept = original(tensor)
+        copies.append(kept[1])
+        return kept
+
+    original = layers._to_host
+    monkeypatch.setattr(layers, "_to_host", to_host)
+    gradients = []
+    for on_host in (False, True):
+        model = diffusion()
+        model.transformer.requires_grad_(trainable_main)
+        model.recompute = True
+        model.keep_inputs_on_host = on_host
+        model(**inputs()).square().mean().backward()
+        assert bool(copies) == on_host
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    blocks = len(model.transformer.blocks) + len(model.control.blocks)
+    assert len(copies) == 2 * blocks  # hidden states and the embedding of the timestep
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
 
 
 def test_recompute_reaches_the_plain_transformer():

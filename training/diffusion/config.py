@@ -306,6 +306,14 @@ class DiffusionTrainConfig(TrainConfig):
             "takes about a third more time."
         ),
     )
+    offload_activations: bool = Field(
+        default=False,
+        description=(
+            "Keep the inputs of the blocks, which `recompute` needs in the backward pass, in "
+            "pinned host memory instead of GPU memory. For long clips; takes the time of two "
+            "copies over the bus."
+        ),
+    )
     compile_blocks: bool = Field(
         default=False,
         description=(
@@ -352,6 +360,11 @@ class DiffusionTrainConfig(TrainConfig):
             problems.append(
                 "compile_blocks = true does not work with zero.stage = 3, which gathers the "
                 "weights of each block in Python; set zero.stage to 1 or 2"
+            )
+        if self.offload_activations and not self.recompute:
+            problems.append(
+                "offload_activations = true keeps the inputs of recomputed blocks on the host; set "
+                "recompute = true too"
             )
         if self.fp8:
             problems += self._fp8_problems()

@@ -44,6 +44,7 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
         else:
             model = DiffusionTransformer(config.model.transformer)
     model.recompute = config.recompute
+    model.keep_inputs_on_host = config.offload_activations
     if config.init_from is not None:
         load_start(model, registry.resolve(config.zoo, config.init_from, kind=START_KINDS))
     with rng.seeded(config.loop.seed, "lora", control):
