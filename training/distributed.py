@@ -183,6 +183,15 @@ def choose_kernels(loop: LoopConfig) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def keep_launch_order() -> None:
+    """Let CUDA start kernels in the order of their launch. Call before CUDA is initialized.
+
+    Megatron-core's tensor-parallel layers launch communication before the matrix multiplication
+    that hides it, and need this order.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 @contextmanager
 def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]:
     """Join the process group, and on rank 0 take ownership of the run folder `run`.

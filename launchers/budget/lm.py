@@ -34,6 +34,9 @@ TEXT_TOKENS = 64  # assumed length of a caption; only real text rows are kept
 NORMS = 2  # not divided by tensor parallelism: inputs in float32, outputs in the working precision
 KEPT_DIVIDED = 6  # divided: output of wqkv, of which values are a part, rotated queries and keys,
 # and the output of attention
+KEPT_SELECTIVE = 7  # with `selective_recompute`: input of the block, output of wqkv, of attention,
+# of wo and of w2
+KEPT_FFN_SELECTIVE = 2  # gate and up
 KEPT_FFN = 4  # divided, in widths of the feed-forward layer: gate, up, activated gate, product
 
 
@@ -126,7 +129,7 @@ def traffic_of_layers(config: LMTrainConfig, rows: int) -> float:
     """
     parallel = config.parallel
     own = rows / parallel.context * config.model.hidden_size * element_bytes(config.precision)
-    passes = 3 if config.recompute else 2
+    passes = 3 if config.recompute or config.selective_recompute else 2
     sent = 2 * 2 * own * (parallel.tensor - 1) / parallel.tensor
     sent += 2 * own / parallel.tensor * (parallel.context - 1)
     return passes * sent * config.model.num_layers / parallel.pipeline
@@ -224,6 +227,9 @@ def activations_per_token(config: LMTrainConfig, micro_batches: int) -> float:
         norms += 2 * model.hidden_size * element * (1 - 1 / sequence_parts)
     block = norms + divided / tensor * element
     layers = kept_layers(config, micro_batches)
+    if config.selective_recompute:
+        kept = KEPT_SELECTIVE * model.hidden_size + KEPT_FFN_SELECTIVE * model.ffn_size
+        return kept * element * layers + block
     if not config.recompute:
         return block * layers
     block_input = model.hidden_size * element / sequence_parts

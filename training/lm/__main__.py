@@ -27,6 +27,8 @@ def main(config_path: str) -> None:
     from landiff.training.lm.engine import MegatronEngine
 
     distributed.choose_kernels(config.loop)
+    if config.parallel.tensor > 1:
+        distributed.keep_launch_order()
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         world.start_times.end("checks")

@@ -1,16 +1,16 @@
-"""Packing of samples into one row for the language model.
+"""Packing of samples into one row for the language model, and a cache of a row for sampling.
 
 The sequences of the samples are concatenated. Each has its own positions and its own attention.
 
 Shape letters (docs/glossary.md): N tokens of the row, B samples in it, M text rows of all samples,
-D width of a text state.
+D width of a text state, S tokens that are new to a cache, A heads of this rank, d width of a head.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from landiff.configs.base import ConfigError
 from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.loading.loader import Sample
 from landiff.model_zoo import keyed_random
+from landiff.model_zoo.attention import attention
+from landiff.model_zoo.device import to_device
 from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
 from landiff.training.lm.config import CHUNKS, LMTrainConfig
@@ -73,7 +75,7 @@ class LMRow:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
+                moved[field.name] = to_device(value, device)
         return replace(self, **moved)
 
     def part(self, places: Sequence[int], *, conditions: bool, multiple: int = 1) -> LMRow:
@@ -102,6 +104,30 @@ class LMRow:
             for name in CONDITIONS:
                 changes[name] = getattr(self, name)[:0]
         return replace(self, **changes)
+
+
+class LazyRows(Sequence[LMRow]):
+    """Rows of a step, each of which is made at its first access and kept.
+
+    So the host packs and copies a row while the device computes the rows before it.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], LMRow]) -> None:
+        """`make(number)`: the row of a micro-batch, one of `count`."""
+        self._rows: list[LMRow | None] = [None] * count
+        self._make = make
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        """The row of micro-batch `number`. Slices are not supported."""
+        row = self._rows[number]
+        if row is None:
+            row = self._make(number)
+            self._rows[number] = row
+        return row
 
 
 CONDITION_PLACES = ("text_at_M", "frames_at_B", "motion_at_B")
@@ -274,3 +300,59 @@ def _training_row(sample: Sample, config: LMTrainConfig, layout: TokenLayout) ->
             f"more than model.max_positions = {config.model.max_positions}"
         )
     return row
+
+
+@dataclass(frozen=True)
+class NewPositions:
+    """The positions of one sample that a forward pass appends, as places in the whole row.
+
+    start: first position of the sample.
+    first, end: the new positions are first, first + 1, ..., end - 1. All before them are cached.
+    """
+
+    start: int
+    first: int
+    end: int
+
+    def __len__(self) -> int:
+        """Number of new positions."""
+        return self.end - self.first
+
+
+class RowCache:
+    """Keys and values of all layers of this rank for a packed row of `length` positions.
+
+    For sampling with the model that is trained: each layer appends keys and values of the new
+    positions, which attend to all earlier ones of the same sample.
+
+    parts: what the next forward pass appends, in the order of its positions. Positions of that pass
+        beyond them are padding.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.parts: Sequence[NewPositions] = ()
+        self._layers: dict[int, Tensor] = {}  # [2, N, A, d] by number
+
+    def attend(self, layer: int, q_SAd: Tensor, k_SAd: Tensor, v_SAd: Tensor) -> Tensor:
+        """Append keys and values of a layer, and attend causally within each sample, [S, A, d]."""
+        if layer not in self._layers:
+            shape = (2, self.length, *k_SAd.shape[1:])
+            self._layers[layer] = k_SAd.new_empty(shape)
+        keys_NAd, values_NAd = self._layers[layer].unbind(0)
+        attended_SAd = torch.zeros_like(q_SAd)
+        start = 0
+        for part in self.parts:
+            if not len(part):
+                continue
+            end = start + len(part)
+            keys_NAd[part.first : part.end] = k_SAd[start:end]
+            values_NAd[part.first : part.end] = v_SAd[start:end]
+            attended_SAd[start:end] = attention(
+                q_SAd[None, start:end],
+                keys_NAd[None, part.start : part.end],
+                values_NAd[None, part.start : part.end],
+                causal=True,
+            )[0]
+            start = end
+        return attended_SAd

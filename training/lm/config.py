@@ -208,6 +208,16 @@ class LMTrainConfig(TrainConfig):
             "memory and takes more time."
         ),
     )
+    selective_recompute: bool = Field(
+        default=False,
+        description=(
+            "Recompute norms, rotations and activation functions in the backward pass, and store "
+            "the outputs of matrix multiplications and attention. Saves about half of the memory "
+            "of activations and takes little time. Instead of `recompute`; `compile_blocks` "
+            "recomputes norms and activation functions too. Needs layers = local and "
+            "parallel.tensor = 1."
+        ),
+    )
     layers: Literal["local", "te"] = Field(
         default="local",
         description=(
@@ -349,12 +359,36 @@ class LMTrainConfig(TrainConfig):
                 )
         return problems
 
+    def _recompute_problems(self) -> list[str]:
+        """What `selective_recompute` does not work with."""
+        if not self.selective_recompute:
+            return []
+        problems = []
+        if self.recompute:
+            problems.append("recompute and selective_recompute exclude each other; choose one")
+        if self.compile_blocks:
+            problems.append(
+                "compile_blocks recomputes elementwise operations already; set selective_recompute "
+                "= false"
+            )
+        if self.layers == "te":
+            problems.append(
+                "selective_recompute has no layers of Transformer Engine (layers = te); use layers "
+                "= local"
+            )
+        if self.parallel.tensor > 1:
+            problems.append(
+                "selective_recompute keeps no results that tensor-parallel ranks have reduced; set "
+                "parallel.tensor = 1, or recompute = true instead"
+            )
+        return problems
+
     @model_validator(mode="after")
     def _layers_divide(self, info: ValidationInfo) -> LMTrainConfig:
         tensor = self.parallel.tensor
         pipeline = self.parallel.pipeline
         heads = self.model.num_heads
-        problems = self._lora_problems() + self._fp8_problems()
+        problems = self._lora_problems() + self._fp8_problems() + self._recompute_problems()
         if self.preview_prompts and self.preview_text is None:
             problems.append("preview_prompts needs preview_text, the text encoder of text_column")
         if self.preview_prompts and self.renderer is None:

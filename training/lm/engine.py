@@ -42,10 +42,10 @@ from landiff.training.guard import Guard
 from landiff.training.layout import model_copies
 from landiff.training.lm import checkpoint, sampling, validation
 from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_weights, parts_of
-from landiff.training.lm.batch import LMRow, pack
+from landiff.training.lm.batch import LazyRows, LMRow, RowCache, pack
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel, without_replacements
-from landiff.training.lm.layers import RowCache, RowPart
+from landiff.training.lm.layers import RowPart
 from landiff.training.lm.lora import InitialAdapter, adapter_of
 from landiff.training.lm.model import (
     InitialWeights,
@@ -165,9 +165,11 @@ class MegatronEngine:
         self.clock.start()
         rate = rate_of_step(self.config, batch.step)
         config = self.config.at(batch.step)  # text dropout and more depend on the phase
-        rows = []
-        for samples in batch.micro_batches:
-            rows.append(pack(samples, config, self.layout).to(self.device))
+
+        def make_row(number: int) -> LMRow:
+            return pack(batch.micro_batches[number], config, self.layout).to(self.device)
+
+        rows = LazyRows(len(batch.micro_batches), make_row)
         with megatron_device():
             self._set_rate(rate, config.optim.weight_decay)
             for ddp in self.ddps:

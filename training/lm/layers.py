@@ -42,11 +42,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from landiff.configs.base import ConfigError
-from landiff.model_zoo.attention import attention, attention_varlen
-from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate_pairs
+from landiff.model_zoo.attention import attention_varlen
+from landiff.model_zoo.device import to_device
+from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate_pairs, run_selectively
 from landiff.training.float8 import layers as float8
-from landiff.training.lm.batch import Span
+from landiff.training.lm.batch import RowCache, Span
 from landiff.training.lm.config import CHUNKS, LMTrainConfig
+
+ACCUMULATING_KERNEL = "fused_weight_gradient_mlp_cuda"  # module of apex
+
+
+def has_accumulating_kernel() -> bool:
+    """Whether matrix multiplications can add to the float32 gradients of weights.
+
+    Megatron-core and Transformer Engine then need no separate pass that adds them.
+    """
+    return importlib.util.find_spec(ACCUMULATING_KERNEL) is not None
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ class RowPart:
         for chunk in (group.rank(), chunks - 1 - group.rank()):
             span = Span.of(bounds, chunk * length, (chunk + 1) * length)
             ends = [(0, *span.query_ends), (0, *span.key_ends)]
-            queries, keys = torch.tensor(ends, dtype=torch.int32, device=device).unbind()
+            queries, keys = to_device(torch.tensor(ends, dtype=torch.int32), device).unbind()
             spans.append(span)
             cu_seqlens.append((queries, keys))
         return RowPart(group, tuple(spans), tuple(cu_seqlens))
@@ -119,62 +130,6 @@ class RowPart:
                 )
             )
         return torch.cat(attended)
-
-
-@dataclass(frozen=True)
-class NewPositions:
-    """The positions of one sample that a forward pass appends, as places in the whole row.
-
-    start: first position of the sample.
-    first, end: the new positions are first, first + 1, ..., end - 1. All before them are cached.
-    """
-
-    start: int
-    first: int
-    end: int
-
-    def __len__(self) -> int:
-        """Number of new positions."""
-        return self.end - self.first
-
-
-class RowCache:
-    """Keys and values of all layers of this rank for a packed row of `length` positions.
-
-    For sampling with the model that is trained: each layer appends keys and values of the new
-    positions, which attend to all earlier ones of the same sample.
-
-    parts: what the next forward pass appends, in the order of its positions. Positions of that pass
-        beyond them are padding.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.parts: Sequence[NewPositions] = ()
-        self._layers: dict[int, Tensor] = {}  # [2, N, A, d] by number
-
-    def attend(self, layer: int, q_SAd: Tensor, k_SAd: Tensor, v_SAd: Tensor) -> Tensor:
-        """Append keys and values of a layer, and attend causally within each sample, [S, A, d]."""
-        if layer not in self._layers:
-            shape = (2, self.length, *k_SAd.shape[1:])
-            self._layers[layer] = k_SAd.new_empty(shape)
-        keys_NAd, values_NAd = self._layers[layer].unbind(0)
-        attended_SAd = torch.zeros_like(q_SAd)
-        start = 0
-        for part in self.parts:
-            if not len(part):
-                continue
-            end = start + len(part)
-            keys_NAd[part.first : part.end] = k_SAd[start:end]
-            values_NAd[part.first : part.end] = v_SAd[start:end]
-            attended_SAd[start:end] = attention(
-                q_SAd[None, start:end],
-                keys_NAd[None, part.start : part.end],
-                values_NAd[None, part.start : part.end],
-                causal=True,
-            )[0]
-            start = end
-        return attended_SAd
 
 
 @dataclass
@@ -282,7 +237,8 @@ class PackedAttention(MegatronModule):
 class ColumnLinear(ColumnParallelLinear):
     """Megatron-core's layer, without its overhead where the weight is not divided.
 
-    Megatron-core's forward then runs two autograd functions in Python around the same product.
+    Megatron-core's forward then runs two autograd functions in Python around the same product. With
+    fused accumulation of gradients they are needed.
     """
 
     def forward(
@@ -292,7 +248,8 @@ class ColumnLinear(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[N, 1, D] -> this rank's columns of the output, and the bias."""
-        if self.tp_group.size() > 1 or self.bias is not None or weight is not None:
+        whole = self.tp_group.size() == 1 and self.bias is None and weight is None
+        if not whole or self.gradient_accumulation_fusion:
             return super().forward(input_, weight, runtime_gather_output)
         return functional.linear(input_, self.weight), None
 
@@ -302,7 +259,8 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """This rank's columns of the input -> [N, 1, D], and the bias."""
-        if self.tp_group.size() > 1 or self.bias is not None:
+        whole = self.tp_group.size() == 1 and self.bias is None
+        if not whole or self.gradient_accumulation_fusion:
             return super().forward(input_)
         return functional.linear(input_, self.weight), None
 
@@ -384,15 +342,27 @@ class Attention(SelfAttention):
 
 
 class Layer(TransformerLayer):
-    """Megatron-core's layer, reduced to pre-norm attention and MLP without biases and dropout."""
+    """Megatron-core's layer, reduced to pre-norm attention and MLP without biases and dropout.
+
+    selective_recompute: whether the backward pass computes again what `run_selectively` does not
+        keep. `MegatronLM` sets it.
+    """
+
+    selective_recompute = False
 
     def forward(
         self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedRow, **__: Any
     ) -> tuple[Tensor, None]:
         """[N, 1, D] -> [N, 1, D], and the context that layers with cross-attention return."""
+        if self.selective_recompute and torch.is_grad_enabled():
+            return run_selectively(self._run, hidden_states, packed_seq_params), None
+        return self._run(hidden_states, packed_seq_params), None
+
+    def _run(self, hidden_states: Tensor, packed_seq_params: PackedRow) -> Tensor:
+        """[N, 1, D] -> [N, 1, D]."""
         attended = self.self_attention(self.input_layernorm(hidden_states), packed_seq_params)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))[0], None
+        return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))[0]
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -403,7 +373,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def transformer_config(config: LMTrainConfig, num_heads: int) -> TransformerConfig:
     """Megatron-core's config of the model, with `num_heads` heads after padding.
 
-    Fusions that need a compiler, apex or Transformer Engine are off.
+    Fusions that need a compiler or Transformer Engine are off. Gradients of weights are added to
+    the float32 sum in the matrix multiplication where apex is installed with its kernel for that.
     """
     model = config.model
     parallel = config.parallel
@@ -450,7 +421,7 @@ def transformer_config(config: LMTrainConfig, num_heads: int) -> TransformerConf
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=has_accumulating_kernel(),
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,

@@ -45,11 +45,10 @@ from landiff.model_zoo.lm import (
     micro_conditions,
 )
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
-from landiff.training.lm.batch import LMRow, pad_to
+from landiff.training.lm.batch import LMRow, RowCache, pad_to
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.layers import (
     PackedRow,
-    RowCache,
     RowPart,
     block_spec,
     transformer_config,
@@ -100,6 +99,9 @@ class MegatronLM(GPTModel):
             self.text = text.to(device, core.params_dtype)
             self.micro = micro.to(device, core.params_dtype)
         self.fp8 = config.fp8
+        if config.selective_recompute:
+            for layer in self.decoder.layers:
+                layer.selective_recompute = True
         self.adapted = config.lora is not None
         if self.adapted:
             freeze_base(self)

@@ -28,9 +28,8 @@ from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.token_layout import CODE, TokenLayout
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training.distributed import World
-from landiff.training.lm.batch import LMRow, pack
+from landiff.training.lm.batch import LMRow, NewPositions, RowCache, pack
 from landiff.training.lm.config import LMTrainConfig
-from landiff.training.lm.layers import NewPositions, RowCache
 from landiff.training.observe.prompts import prompt_sample, prompt_states
 
 BIGRAM_GROUPS = 64  # of codes; a codebook of thousands has too many bigrams to compare few clips

@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from landiff.configs import load
 from landiff.launchers.budget.models import make_plan
+from landiff.model_zoo import layers as model_layers
 from landiff.model_zoo.layers import rms_norm
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.lm.batch import LMRow
@@ -77,7 +80,12 @@ def composite_norms(tokens: float, width: int, layers: int) -> int:
 
 
 def trace(
-    tensor: int, pipeline: int, context: int, recompute: bool, fp8: bool = False
+    tensor: int,
+    pipeline: int,
+    context: int,
+    recompute: bool,
+    fp8: bool = False,
+    selective: bool = False,
 ) -> tuple[float, float]:
     """Bytes that autograd keeps on the first rank, and as planned."""
     config = load(
@@ -91,6 +99,7 @@ def trace(
             f"parallel.sequence={str(tensor > 1).lower()}",
             f"recompute={str(recompute).lower()}",
             f"fp8={str(fp8).lower()}",
+            f"selective_recompute={str(selective).lower()}",
             f"data.micro_batch_size={CLIPS}",
         ],
     )
@@ -122,6 +131,11 @@ def trace(
     planned = memory["activations"] + (memory["logits"] if pipeline == 1 else 0)
     tokens = row.num_tokens / context / tensor  # norms are divided too, by `sequence`
     layers = LAYERS // pipeline
+    if selective:
+        full = config.model_copy(update={"recompute": True, "selective_recompute": False})
+        one = make_plan(full, ranks).memory["activations"]
+        one -= LAYERS * tokens * config.model.hidden_size * 2
+        return kept + one, planned
     if recompute:
         # The trace ends before the backward pass, in which one layer has all its activations.
         one = planned - memory["logits"]
@@ -145,3 +159,22 @@ def test_float8_keeps_whole_inputs_of_two_layers(tensor):
     assert planned == pytest.approx(kept, rel=0.1)
     without, _ = trace(tensor, 1, 1, False)
     assert (kept > 1.05 * without) == (tensor > 1), kept / without
+
+
+def test_selective_recompute_keeps_what_is_expensive(monkeypatch):
+    """Of the blocks: inputs, which autograd keeps, and results of matmuls and attention."""
+    results = []
+
+    def keep(context, operator, *_, **__):
+        policy = expensive(context, operator)
+        if policy == CheckpointPolicy.MUST_SAVE:
+            outputs = tree_leaves(context.op_output)
+            results.append(sum(x.nbytes for x in outputs if isinstance(x, torch.Tensor)))
+        return policy
+
+    expensive = model_layers._keep_expensive
+    monkeypatch.setattr(model_layers, "_keep_expensive", keep)
+    kept, planned = trace(1, 1, 1, False, selective=True)
+    assert planned == pytest.approx(kept + sum(results), rel=0.1)
+    without, _ = trace(1, 1, 1, False)
+    assert planned < 0.75 * without  # one of four layers is kept whole
