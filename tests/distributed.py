@@ -35,6 +35,8 @@ from landiff.launchers.results.sampling.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 ALIVE: list[Nursery] = []  # at most one
+ONE_RANK = "--rank"
+REQUEST = "request.pickle"
 
 
 class RankError(AssertionError):
@@ -51,6 +53,56 @@ def run_distributed(
     """
     ranks = nursery(function.__module__).start(function, world_size, args, started=True)
     return ranks.results(timeout_s)
+
+
+def run_on_gpus(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600.0
+) -> list[Any]:
+    """As `run_distributed`, in new processes that see the GPUs, one for each rank.
+
+    The nursery hides GPUs, and a process that is forked after CUDA was asked for cannot use it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="gpus-"))
+    (folder / REQUEST).write_bytes(pickle.dumps((function.__module__, function.__name__, args)))
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            **_rank_variables(rank, world_size, port),
+        }
+        with (folder / f"rank_{rank}.out").open("w") as output:
+            command = [sys.executable, "-m", "tests.distributed", ONE_RANK, str(folder), str(rank)]
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            )
+    deadline = time.monotonic() + timeout_s
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):  # the others may wait for it for ever
+            deadline = min(deadline, time.monotonic() + 10)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        texts = [path.read_text()[-4000:] for path in sorted(folder.glob("*.out"))]
+        raise RankError(f"exit codes by rank: {codes}\n" + "\n".join(texts))
+    found = [folder / f"rank_{rank}.pickle" for rank in range(world_size)]
+    return [pickle.loads(path.read_bytes()) for path in found]
+
+
+def _rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def nursery(module: str) -> Nursery:
@@ -259,7 +311,7 @@ def _fork(
     world_size: int,
     args: Sequence[Any],
     started: bool,
-    environment: Mapping[str, str],
+    environment: dict[str, str],
     folder: str,
     cwd: str,
 ) -> int:
@@ -274,15 +326,7 @@ def _fork(
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(cwd)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            **environment,
-        )
+        os.environ.update(_rank_variables(rank, world_size, port) | environment)
         _call(
             getattr(importlib.import_module(target[0]), target[1]),
             args,
@@ -314,5 +358,15 @@ def _call(
     result_path.write_bytes(pickle.dumps(result))
 
 
+def _run_rank(folder: Path, rank: int) -> None:
+    """One rank of `run_on_gpus`."""
+    module, name, args = pickle.loads((folder / REQUEST).read_bytes())
+    function = getattr(importlib.import_module(module), name)
+    _call(function, args, True, folder / f"rank_{rank}.pickle")
+
+
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    if sys.argv[1] == ONE_RANK:
+        _run_rank(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        _serve(int(sys.argv[1]))

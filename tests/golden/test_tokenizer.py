@@ -11,7 +11,7 @@ from torch import Tensor
 from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.convert.formats.release_tokenizer import RULES
 from landiff.model_zoo.convert.rules import apply_rules
-from landiff.model_zoo.frame_spans import decoder_mask, encoder_mask
+from landiff.model_zoo.positions.frame_spans import decoder_mask, encoder_mask
 from landiff.model_zoo.tokenizer import TokenizerOutput, sequence_angles
 from landiff.training.tokenizer.engine import COLUMN, TokenizerEngine
 from tests.golden.conftest import Case

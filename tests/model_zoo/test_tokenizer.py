@@ -15,7 +15,7 @@ from torch.nn import functional
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.convert.formats.release_tokenizer import RULES
 from landiff.model_zoo.convert.rules import apply_rules, check_against
-from landiff.model_zoo.frame_spans import (
+from landiff.model_zoo.positions.frame_spans import (
     LatentGrid,
     Sequence,
     _gather,
@@ -25,8 +25,9 @@ from landiff.model_zoo.frame_spans import (
     encoder_spans,
     span_attention,
 )
+from landiff.model_zoo.quantizer import Quantizer
 from landiff.model_zoo.registry import export, load_model
-from landiff.model_zoo.tokenizer import Quantizer, SemanticTokenizer
+from landiff.model_zoo.tokenizer import SemanticTokenizer
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys" / "tokenizer.json"
 TINY = TokenizerConfig(

@@ -16,7 +16,7 @@ from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import DeepSpeedEngine, build_engine
 from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, run_on_gpus
 from tests.quantize_package import add_torchao, assert_missing_torchao_is_named
 from tests.training import saving
 from tests.training.diffusion.tiny import batch, config, make_zoo
@@ -240,7 +240,7 @@ def two_steps(world: Any, folder: Path, fp8: bool) -> list[tuple[float, float]]:
 @pytest.mark.gpu
 def test_a_gpu_trains_as_in_bfloat16(folder):
     assert torch.cuda.is_available()
-    fp8, bf16 = (run_distributed(two_steps, 1, folder, each)[0] for each in (True, False))
+    fp8, bf16 = (run_on_gpus(two_steps, 1, folder, each)[0] for each in (True, False))
     assert losses(fp8) == pytest.approx(losses(bf16), rel=1e-3)
     assert norms(fp8) == pytest.approx(norms(bf16), rel=1e-2)
     assert fp8 != bf16

@@ -20,6 +20,8 @@ CASES = {
     "main, more layers": {"model__transformer__num_layers": 4},
     "main, more micro-batches": {"data__micro_batch_size": 1},
     "main, average": {"ema__decay": 0.9},
+    "control": {"phase": "control"},
+    "control, more micro-batches": {"phase": "control", "data__micro_batch_size": 1},
 }
 
 

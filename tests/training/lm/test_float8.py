@@ -16,7 +16,7 @@ from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.layers import Float8ColumnLinear, Float8RowLinear
 from landiff.training.lm.model import InitialWeights
-from tests.distributed import run_distributed
+from tests.distributed import run_distributed, run_on_gpus
 from tests.quantize_package import add_torchao, assert_missing_torchao_is_named
 from tests.training import saving
 from tests.training.lm.samples import steps, tiny_config
@@ -223,7 +223,7 @@ def two_steps(world: Any, folder: Path, fp8: bool) -> list[tuple[float, float]]:
 @pytest.mark.gpu
 def test_a_gpu_trains_as_in_bfloat16(tmp_path):
     assert torch.cuda.is_available()
-    fp8, bf16 = (run_distributed(two_steps, 1, tmp_path, each)[0] for each in (True, False))
+    fp8, bf16 = (run_on_gpus(two_steps, 1, tmp_path, each)[0] for each in (True, False))
     assert losses(fp8) == pytest.approx(losses(bf16), abs=0.01)
     assert norms(fp8) == pytest.approx(norms(bf16), rel=0.05)
     assert fp8 != bf16
