@@ -1,8 +1,12 @@
-"""Device of a job without ranks. Trainers get theirs from training/distributed.py."""
+"""Device of a job without ranks, and copies to a device.
+
+Trainers get their device from training/distributed.py.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from landiff.configs.base import ConfigError
 
@@ -25,3 +29,14 @@ def pick_device(name: str) -> torch.device:
             f"device = {name} cannot be used: {reason}; set device=auto or device=cpu"
         ) from None
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`, copied to a GPU without waiting for it.
+
+    Copies from pageable memory would wait: they are made from pinned memory, which PyTorch keeps
+    for later copies once it is free.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

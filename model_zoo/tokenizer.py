@@ -1,7 +1,7 @@
 """Semantic tokenizer: vision features to a few discrete codes per frame, and back.
 
-`encode` and `decode` are for inference, `forward` is for training on one segment. frame_spans.py
-has the layout of the internal sequence and its attention masks.
+`encode` and `decode` are for inference, `forward` is for training on one segment. The layout of the
+internal sequence and its attention masks are in positions/frame_spans.py.
 
 Shape letters (docs/glossary.md): B batch, T frames, C feature channels, h, w height and width in
 feature cells, N latent tokens of a segment, K codes of a whole clip, S sequence positions, D width
@@ -15,18 +15,17 @@ Source: semantic tokenizer of LanDiff (arXiv 2503.04606), with the sizes of the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from vector_quantize_pytorch import VectorQuantize
-from vector_quantize_pytorch.vector_quantize_pytorch import cdist
 
 from landiff.model_zoo.config import TokenizerConfig
-from landiff.model_zoo.frame_spans import (
+from landiff.model_zoo.device import to_device
+from landiff.model_zoo.layers import compile_blocks, rotate, run_block
+from landiff.model_zoo.positions.frame_spans import (
     AttentionSpan,
     Sequence,
     covering,
@@ -36,7 +35,7 @@ from landiff.model_zoo.frame_spans import (
     sequence_angles,
     span_attention,
 )
-from landiff.model_zoo.layers import compile_blocks, rotate, run_block
+from landiff.model_zoo.quantizer import Quantizer
 
 log = logging.getLogger(__name__)
 
@@ -180,110 +179,6 @@ class Decoder(Stack):
         return self.head_out(torch.tanh(self.head_in(visual_BSD)))
 
 
-class Quantizer(VectorQuantize):
-    """vector-quantize-pytorch with the settings of the released tokenizer (§3.6).
-
-    The codebook is a moving average, gradients pass through the rotation trick. Everything is
-    computed and kept in float32, whatever the model is cast to and under autocast, except for the
-    projection in `nearest`, which follows autocast (§3.10). Code vectors are all-reduced over ranks
-    if the process group exists at construction. The k-means initialization and the replacement of
-    dead codes use torch's global generator, in training only.
-    """
-
-    zero: Tensor
-
-    def __init__(self, config: TokenizerConfig) -> None:
-        synced = False
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            synced = torch.distributed.get_world_size() > 1
-        super().__init__(
-            dim=config.token_size,
-            codebook_size=config.codebook_size,
-            codebook_dim=config.codebook_dim,
-            decay=config.codebook_decay,
-            eps=1e-5,
-            kmeans_init=True,
-            kmeans_iters=config.kmeans_iterations,
-            threshold_ema_dead_code=config.dead_code_threshold,
-            commitment_weight=1.0,
-            rotation_trick=True,
-            # The library would decide once per process and remember the answer.
-            sync_codebook=synced,
-        )
-        # As a buffer outside the state dict it would stay without data in a model that is built on
-        # meta and then loaded.
-        del self.zero
-        self.zero = torch.zeros((), device="cpu")
-        self.dead_code_share = config.dead_code_share
-        self.world_size = torch.distributed.get_world_size() if synced else 1
-        self.register_load_state_dict_pre_hook(_load_as_float32)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        """Moves tensors between devices but does not cast them to another dtype."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype != tensor.dtype:
-                return tensor.to(result.device)
-            return result
-
-        return super()._apply(keep_dtype, recurse)
-
-    def quantize(self, latents_BNZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantizes in training and updates the codebook. latents_BNZ: [B, N, Z].
-
-        Returns the values of the codes (float32 [B, N, Z], with gradients), the codes (int64
-        [B, N]) and the commitment loss.
-        """
-        if self.dead_code_share is not None:
-            expected = latents_BNZ.shape[:2].numel() * self.world_size / self.codebook_size
-            self._codebook.threshold_ema_dead_code = self.dead_code_share * expected
-        with torch.autocast(latents_BNZ.device.type, enabled=False):
-            outputs = self(latents_BNZ.float(), return_loss_breakdown=True)
-        values_BNZ, indices_BN, _, losses = outputs
-        return values_BNZ, indices_BN, losses.commitment
-
-    def bypass(self, latents_BNZ: Tensor) -> Tensor:
-        """Latents through the projections to code vectors and back, [B, N, Z], not quantized."""
-        with torch.autocast(latents_BNZ.device.type, enabled=False):
-            return self.project_out(self.project_in(latents_BNZ.float()))
-
-    @torch.no_grad()
-    def nearest(self, latents_BNZ: Tensor) -> Tensor:
-        """Nearest codes, [B, N, Z] -> int64 [B, N]; the lowest index wins a tie.
-
-        Under autocast the projected vectors are rounded to its dtype; distances are float32. Leaves
-        the codebook unchanged. Raises ValueError if it is untrained.
-        """
-        self.require_codebook()
-        codes_BNE = self.project_in(latents_BNZ.float()).float()
-        with torch.autocast(latents_BNZ.device.type, enabled=False):
-            distances = cdist(codes_BNE.flatten(0, 1)[None], self._codebook.embed)[0]
-        return distances.argmin(-1).view(codes_BNE.shape[:2])
-
-    def lookup(self, indices_BN: Tensor) -> Tensor:
-        """Values of codes, [B, N] -> float32 [B, N, Z]. Raises ValueError if untrained."""
-        self.require_codebook()
-        with torch.autocast(indices_BN.device.type, enabled=False):
-            return self.get_output_from_indices(indices_BN)
-
-    def require_codebook(self) -> None:
-        """Raises ValueError if the codebook was neither trained nor loaded."""
-        if not self._codebook.initted:
-            raise ValueError(
-                "the tokenizer's codebook is untrained (initted = 0): it is filled by k-means in "
-                "the first training step; train the tokenizer or load trained weights before it "
-                "encodes or decodes"
-            )
-
-
-def _load_as_float32(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Loads weights stored in half precision as float32, also where tensors are assigned."""
-    for name in list(state):
-        if name.startswith(prefix) and state[name].is_floating_point():
-            state[name] = state[name].float()
-
-
 class SemanticTokenizer(nn.Module):
     """Encoder, quantizer and decoder (§3).
 
@@ -385,7 +280,8 @@ class SemanticTokenizer(nn.Module):
         """Features of clips of `num_frames` frames from codes that `encode` returned.
 
         [B, K] -> [B, T, C, h, w]. `grid`: rows and columns (h, w), which the codes do not tell.
-        None: those of the config.
+        None: those of the config. Codes may be on the host: they are then checked without waiting
+        for the device, and copied to it.
 
         Raises ValueError for codes that do not fit the codebook or the number of frames, for an
         untrained codebook, and for another grid than that of `cell_mask_tokens`.
@@ -403,6 +299,7 @@ class SemanticTokenizer(nn.Module):
             raise ValueError(
                 f"codes {low}..{high} do not fit a codebook of {self.config.codebook_size}"
             )
+        indices_BK = to_device(indices_BK, self.mean.device)
         segments = []
         for indices_BN, length in zip(indices_BK.split(counts, dim=1), lengths, strict=True):
             # Looked up one by one, so that a segment does not depend on the others by rounding.

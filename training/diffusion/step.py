@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.samples import Batch, Sample
 from landiff.model_zoo import keyed_random
+from landiff.model_zoo.device import to_device
 from landiff.model_zoo.frozen.base import posterior_mean, posterior_sample
 from landiff.model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
 from landiff.model_zoo.tokenizer import SemanticTokenizer
@@ -195,17 +196,17 @@ class Objective:
             prefixes.append(prefix)
             given.append(prefix_latents(seed, sample, config.prefix, latents_TCHW))
             texts.append(self._text(sample))
-        latents_BTCHW = torch.stack(latents).to(self.device, non_blocking=True)
+        latents_BTCHW = to_device(torch.stack(latents), self.device)
         prefix_BTCHW = latents_BTCHW
         if config.prefix.noise:
-            prefix_BTCHW = torch.stack(given).to(self.device, non_blocking=True)
+            prefix_BTCHW = to_device(torch.stack(given), self.device)
         return Inputs(
             latents_BTCHW=latents_BTCHW,
-            noise_BTCHW=torch.stack(noise).to(self.device, non_blocking=True),
-            timestep_B=torch.tensor(timesteps, device=self.device),
-            prefix_B=torch.tensor(prefixes, device=self.device),
+            noise_BTCHW=to_device(torch.stack(noise), self.device),
+            timestep_B=to_device(torch.tensor(timesteps), self.device),
+            prefix_B=to_device(torch.tensor(prefixes), self.device),
             prefix_BTCHW=prefix_BTCHW,
-            text_BLD=torch.stack(texts).to(self.device, non_blocking=True),
+            text_BLD=to_device(torch.stack(texts), self.device),
             features_BTchw=self.features(samples, windows),
         )
 
@@ -255,7 +256,8 @@ class Objective:
         clip_frames, _, height, width = samples[0].tensors[self.config.latents_column].shape
         scale = self.config.model.semantic.scale
         grid = (height // scale, width // scale)
-        features_BTchw = self.tokenizer.decode(tokens_BN.to(self.device), clip_frames, grid).float()
+        # `decode` copies the tokens to the device, after it has checked them on the host.
+        features_BTchw = self.tokenizer.decode(tokens_BN, clip_frames, grid).float()
         frames = self.config.model.transformer.latent_frames
         pairs = zip(features_BTchw, starts, strict=True)
         return torch.stack([clip_Tchw[start : start + frames] for clip_Tchw, start in pairs])

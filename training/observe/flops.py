@@ -159,7 +159,7 @@ def tokenizer_flops(model: TokenizerConfig, frames: int) -> Flops:
 
 
 def encoder_pairs(model: TokenizerConfig, frames: int) -> float:
-    """Pairs of a query and a key in the encoder, see `landiff.model_zoo.frame_spans`."""
+    """Pairs of a query and a key in the encoder, see `landiff.model_zoo.positions.frame_spans`."""
     cells = model.grid_height * model.grid_width
     latents = 0
     pairs = 0.0
@@ -171,7 +171,7 @@ def encoder_pairs(model: TokenizerConfig, frames: int) -> float:
 
 
 def decoder_pairs(model: TokenizerConfig, frames: int) -> float:
-    """Pairs of a query and a key in the decoder, see `landiff.model_zoo.frame_spans`."""
+    """Pairs of a query and a key in the decoder, see `landiff.model_zoo.positions.frame_spans`."""
     cells = model.grid_height * model.grid_width
     visible = 0
     pairs = 0.0

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import keyed_random, registry
+from landiff.model_zoo.device import to_device
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
@@ -106,8 +107,10 @@ class TokenizerEngine:
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(3, device=self.world.device)
         counts = torch.zeros(config.model.codebook_size, device=self.world.device)
-        for number, samples in enumerate(batch.micro_batches):
-            self.sampling.place(batch.step, number, [sample.position for sample in samples])
+        positions = [[sample.position for sample in part] for part in batch.micro_batches]
+        self.sampling.begin_step(batch.step, positions)
+        for number in range(number_of_parts):
+            self.sampling.place(number)
             self._reduce_gradients(number + 1 == number_of_parts)
             with self._autocast():
                 output = self.model(features[number], batch.step >= config.quantize_from_step)
@@ -176,6 +179,7 @@ class TokenizerEngine:
 
     def _restore_buffers(self, copies: Sequence[Tensor]) -> None:
         """Undo the changes of a forward pass whose step is skipped."""
+        self.sampling.started = False
         for buffer, copy in zip(self.tokenizer.buffers(), copies, strict=True):
             buffer.copy_(copy)
 
@@ -192,7 +196,7 @@ class TokenizerEngine:
     def _features(self, samples: tuple[Sample, ...]) -> Tensor:
         """Features of a micro-batch, float32 [B, T, C, h, w] on the device."""
         stacked = torch.stack([self._segment(sample) for sample in samples])
-        return stacked.to(self.world.device, non_blocking=True).float()
+        return to_device(stacked, self.world.device).float()
 
     def _segment(self, sample: Sample) -> Tensor:
         """Features of a sample [T, C, h, w]: for a longer clip, those of a random segment."""
@@ -247,6 +251,7 @@ class TokenizerEngine:
     def load(self, folder: Path) -> None:
         """Restore a checkpoint, on any number of ranks."""
         device = str(self.world.device)
+        self.sampling.started = False
         self.tokenizer.load_state_dict(load_file(folder / MODEL, device=device))
         moments = load_file(folder / OPTIMIZER, device=device)
         fused = self.optimizer.defaults["fused"]
