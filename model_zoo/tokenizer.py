@@ -299,7 +299,8 @@ class SemanticTokenizer(nn.Module):
             raise ValueError(
                 f"codes {low}..{high} do not fit a codebook of {self.config.codebook_size}"
             )
-        indices_BK = to_device(indices_BK, self.mean.device)
+        if not indices_BK.is_cuda:
+            indices_BK = to_device(indices_BK, self.mean.device)
         segments = []
         for indices_BN, length in zip(indices_BK.split(counts, dim=1), lengths, strict=True):
             # Looked up one by one, so that a segment does not depend on the others by rounding.

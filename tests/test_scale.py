@@ -50,7 +50,7 @@ def test_ranks_divide_every_batch_of_many_clips():
 
 
 def test_ranks_belong_to_copies_of_the_model():
-    lm = load(LMTrainConfig, "landiff/lm", ["data.micro_batch_size=1"])
+    lm = load(LMTrainConfig, "landiff/lm", ["data.micro_batch_size=1", "parallel.tensor=2"])
     assert model_copies(lm, RANKS) == 512 and check_batch(lm, RANKS) == 1
     config = load(DiffusionTrainConfig, "landiff/diffusion-control", ["sequence_parallel=4"])
     found = [data_rank(config, rank, RANKS) for rank in range(RANKS)]

@@ -36,7 +36,8 @@ from tests.data_pipeline.data_sets import write_column, write_raw
 
 @pytest.fixture(scope="module")
 def lm() -> LMTrainConfig:
-    return load(LMTrainConfig, "landiff/lm")
+    layout = ["parallel.tensor=2", "parallel.sequence=true", "recompute=true"]
+    return load(LMTrainConfig, "landiff/lm", layout)
 
 
 def test_parameters_are_those_of_the_specification(lm):

@@ -87,7 +87,8 @@ def numbers_of(
     for step in range(STEPS):
         result = engine.train_step(make_batch(step))
         numbers.append((float(result.loss), float(result.grad_norm)))
-    return numbers, set(attention._CHOICES.made.values()), world.device.type
+    kernels = {str(kernel) for kernel in attention._CHOICES.made.values()}
+    return numbers, kernels, world.device.type
 
 
 def on_gpus(trainer: str, folder: Path, changes: dict[str, Any], ranks: int = 1) -> Any:
@@ -115,9 +116,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_trainer_follows_the_cpu(trainer, precision, folder):
     changes = {"precision": precision}
+    found, _, _ = on_gpus(trainer, folder, changes)
     expected, _, device = run_distributed(numbers_of, 1, trainer, folder, changes)[0]
     assert device == "cpu"
-    found, _, _ = on_gpus(trainer, folder, changes)
     # Convolutions round to TF32, which the loss of the control branch shows.
     assert_close(found, expected, 5e-3 if precision == "fp32" else 5e-2)
 
@@ -249,4 +250,4 @@ def test_the_host_waits_equally_often_for_one_and_for_many_micro_batches(trainer
     for parts in (1, 4):
         size = GLOBAL_BATCH[trainer] // parts
         waits += run_on_gpus(waits_of_step, 1, trainer, folder, size)
-    assert waits[0] == waits[1] <= 8
+    assert waits[0] == waits[1] <= 12
