@@ -177,4 +177,4 @@ def test_selective_recompute_keeps_what_is_expensive(monkeypatch):
     kept, planned = trace(1, 1, 1, False, selective=True)
     assert planned == pytest.approx(kept + sum(results), rel=0.1)
     without, _ = trace(1, 1, 1, False)
-    assert planned < 0.75 * without  # one of four layers is kept whole
+    assert planned < 0.8 * without  # with logits, and one of four layers kept whole
