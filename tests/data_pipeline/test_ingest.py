@@ -221,6 +221,17 @@ def test_csv_with_spans_and_other_column_names(videos: Path, tmp_path: Path) -> 
     table.unlink()  # the other tests share the folder
 
 
+def test_rows_that_name_no_file_or_a_folder_are_rejected(videos: Path, tmp_path: Path) -> None:
+    """The data folder is created in the folder that the row names, whose time changes."""
+    shutil.copy(videos / "shape_00001.mp4", tmp_path / "a.mp4")
+    (tmp_path / "clips.csv").write_text(f"file,caption\na.mp4,one\n,two\n{tmp_path},three\n")
+    manifest = make_shards(
+        shards_config(tmp_path / "clips.csv", max_bad_fraction=0.5), tmp_path / "data"
+    )
+    assert manifest.num_samples == 2
+    assert manifest.reject_counts == {"shards/no_file_name": 1, "shards/unreadable_file": 1}
+
+
 def test_folder_with_captions_beside_the_videos(videos: Path, tmp_path: Path) -> None:
     # equal names in two folders, a dot in one
     for folder, caption in (("a", "first"), ("b.v1", "second")):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 PROBES_VERSION = 2  # of the content of probes
 TARS_VERSION = 2  # of how tars are listed; since 2, member names are split at the last dot
-NO_STAMP = (-1, -1)  # of a file that does not exist
+NO_STAMP = (-1, -1)  # of a file that does not exist, and of a folder
 VIDEOS_PER_CHUNK = 128  # on average: the videos that a killed task has to probe again
 ROWS_PER_VIDEO = 16  # of a chunk, at most
 
@@ -248,10 +249,15 @@ def _make_row(config: ShardsConfig, clip: SourceClip, stamps: _StampCache) -> So
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Size and modification time of a file; NO_STAMP if it does not exist."""
+    """Size and modification time of a file; NO_STAMP if it does not exist or is no file.
+
+    A row can name a folder, whose time changes when the data folder is created in it.
+    """
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # ValueError: a name with a null byte
+        return NO_STAMP
+    if not stat.S_ISREG(found.st_mode):
         return NO_STAMP
     return (found.st_size, found.st_mtime_ns)
 
