@@ -86,6 +86,7 @@ setup(
         "text": ["rapidocr-onnxruntime==1.4.4"],
         "parquet": ["pyarrow>=17"],  # captions made elsewhere
         "http": ["aiohttp>=3.14"],  # data sets at https:// URLs, through fsspec
+        "s3": ["s3fs>=2024.6"],  # data sets at s3:// URLs; has the version of fsspec
         "quantize": ["torchao>=0.18,<0.19"],  # int8 weights in sampling
         "fp8": ["torchao>=0.18,<0.19"],  # float8 matrix multiplications in training
         "wandb": ["wandb>=0.31"],

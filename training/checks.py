@@ -243,7 +243,12 @@ def check_data(
         try:
             manifest = find_manifest(source)
         except ConfigError as error:
-            problems.append(Problem(f"{key} = {source.remote or source.manifest}: {error}"))
+            text = str(error)
+            if source.remote and not text.startswith("data.remote"):
+                text = f"{key.removesuffix('manifest')}remote = {source.remote}: {text}"
+            elif not source.remote:
+                text = f"{key} = {source.manifest}: {text}"
+            problems.append(Problem(text))
             continue
         except OSError as error:
             problems.append(Problem(f"{key} = {source.manifest} cannot be read: {error.strerror}"))

@@ -39,6 +39,7 @@ RANK_PART = 0.75
 BLOCK = 8 << 20  # bytes read at a time
 ATTEMPTS = 4  # to read from the URL
 FIRST_PAUSE_S = 0.5  # before the second attempt; doubles
+EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3"}  # by protocol
 LOCKS = 64  # lock files of a cache; downloads of shards with the same lock wait for each other
 SPARSE_SUFFIX = ".{part}-only.tar"  # end of the name of a raw shard in the cache
 
@@ -59,9 +60,10 @@ class Remote:
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
+            extra = EXTRAS.get(self.url.partition("://")[0])
             hint = ""
-            if isinstance(error, ImportError) and self.url.startswith("http"):
-                hint = "; pip install 'landiff-pretrain[http]'"
+            if isinstance(error, ImportError) and extra is not None:
+                hint = f"; pip install 'landiff-pretrain[{extra}]'"
             raise ShardError(f"data.remote = {url}: {error}{hint}") from error
         self._errors = network_errors(self.url)
 
@@ -204,6 +206,11 @@ class Remote:
                 return attempt(f"{self._root}/{name}")
             except FileNotFoundError:
                 raise ShardError(f"{self.url}/{name} does not exist") from None
+            except PermissionError as error:
+                raise ShardError(
+                    f"{self.url}/{name} cannot be read: {error}; check the credentials of this "
+                    "user and the policy of the bucket"
+                ) from error
             except self._errors as error:
                 if number == ATTEMPTS - 1:
                     raise ShardError(f"{self.url}/{name} cannot be read: {error}") from error
@@ -214,11 +221,15 @@ class Remote:
 
 def network_errors(url: str) -> tuple[type[Exception], ...]:
     """Exceptions of a file system that may be temporary, such as those of an overloaded server."""
-    if not url.startswith(("http://", "https://")):
-        return (OSError,)
-    from aiohttp import ClientError  # fsspec has imported it; most of its errors are no OSError
+    if url.startswith(("http://", "https://")):
+        from aiohttp import ClientError  # fsspec has imported it; most of its errors are no OSError
 
-    return (OSError, ClientError)
+        return (OSError, ClientError)
+    if url.startswith(("s3://", "s3a://")):
+        from botocore.exceptions import BotoCoreError  # s3fs has imported it; they are no OSError
+
+        return (OSError, BotoCoreError)
+    return (OSError,)
 
 
 def open_remote(source: SourceConfig) -> Remote | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
+from typing import ClassVar
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from landiff.data_pipeline.format.columns import FolderReader
 from landiff.data_pipeline.format.schema import RAW
@@ -17,6 +19,7 @@ from landiff.data_pipeline.loading.loader import Loader
 from landiff.data_pipeline.loading.phased_loader import PhasedLoader
 from landiff.data_pipeline.loading.phases import DataPhase
 from landiff.data_pipeline.loading.remote import Remote
+from landiff.training.checks import check_data
 from tests.data_pipeline.data_sets import keys_of, write_buckets, write_column, write_raw
 from tests.data_pipeline.http_server import served
 
@@ -153,6 +156,31 @@ def test_damage_on_the_way_and_what_is_missing_are_named(data, tmp_path):
         loader(tmp_path / "third", f"file://{tmp_path}/nowhere")
     with pytest.raises(ShardError, match="data.remote = nosuch://x"):
         loader(tmp_path / "fourth", "nosuch://x")
+
+
+class ClosedFiles(LocalFileSystem):
+    """Files that need credentials that this user does not have, as s3fs reports it."""
+
+    protocol = "closed"
+    reads: ClassVar[list[str]] = []
+
+    def cat_file(self, path: str, **kwargs: object) -> bytes:
+        self.reads.append(path)
+        raise PermissionError("Access Denied")
+
+
+def test_wrong_credentials_are_named_at_once_with_the_key(data, tmp_path):
+    """A wrong key does not become right: nothing is tried again."""
+    fsspec.register_implementation("closed", ClosedFiles, clobber=True)
+    for url, text in (
+        (f"closed://{data}", "cannot be read: Access Denied; check the credentials"),
+        (f"file://{tmp_path}/nowhere", "manifest.json does not exist"),
+    ):
+        config = DataConfig(manifest=tmp_path / "cache", remote=url, global_batch_size=1)
+        manifests, problems = check_data(config, [])
+        assert manifests == [] and len(problems) == 1
+        assert str(problems[0]).startswith(f"data.remote = {url}: ") and text in str(problems[0])
+    assert len(ClosedFiles.reads) == 1
 
 
 def test_a_cache_that_cannot_hold_one_window_is_refused(data, tmp_path):
