@@ -20,9 +20,9 @@ from tests.distributed import RankError, run_distributed
 
 def stand_still(world, run: Path) -> None:
     """Rank 1 sleeps where rank 0 waits for it in a collective."""
+    dist.all_reduce(torch.ones(3))  # before: a busy machine starts ranks seconds apart
     with Heartbeat(run, world.rank, timeout_s=1.0, grace_s=1.0) as heartbeat:
         heartbeat.beat(7)
-        dist.all_reduce(torch.ones(3))
         if world.rank == 1:
             time.sleep(60)
         dist.all_reduce(torch.ones(5))
@@ -47,9 +47,9 @@ def test_all_ranks_leave_their_stacks_and_the_collective_that_hangs(tmp_path):
 
 def stop_one(world, run: Path) -> None:
     """Rank 1 is stopped, as by a debugger, where rank 0 waits for it."""
+    dist.all_reduce(torch.ones(3))  # before: a busy machine starts ranks seconds apart
     with Heartbeat(run, world.rank, timeout_s=1.0, grace_s=1.0, world_size=world.size) as heartbeat:
         heartbeat.beat(7)
-        dist.all_reduce(torch.ones(3))
         if world.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         dist.all_reduce(torch.ones(5))

@@ -65,12 +65,13 @@ def test_a_step_that_raised_leaves_nothing_behind():
 
 def test_the_start_begins_with_the_process_and_each_part_ends_once():
     times = StartTimes()
+    begin = time.monotonic()
     times.end("imports")
     process_s = time.process_time()  # of one thread at most, and the tests were imported before
     assert times.seconds["imports"] > 0.5 * min(process_s, 1.0)
     time.sleep(0.05)
     times.end("model")
-    assert 0.05 <= times.seconds["model"] < 1
+    assert 0.05 <= times.seconds["model"] <= time.monotonic() - begin
     before = dict(times.seconds)
     times.end("model")  # as that of the next step would
     assert times.seconds == before
@@ -100,7 +101,7 @@ def test_the_first_line_has_the_slowest_rank_of_each_part_of_the_start(tmp_path)
     found = {tag: value for tag, value in first.items() if tag.startswith("start/")}
     parts = ["imports", "process_groups", "model", "first_batch", "first_step"]
     assert found == {f"start/{part}_s": max(own[part], other[part]) for part in parts}
-    assert other["model"] >= 1.0 > own["model"]
+    assert other["model"] >= 1.0 and other["model"] > own["model"]
     assert own["first_batch"] >= 0.3
     assert not any(tag.startswith("start/") for tag in second)
     (line,) = [line for line in text.splitlines() if "the start took" in line]
