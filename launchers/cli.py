@@ -134,7 +134,7 @@ def find_handler(command: str) -> Handler:
         case "check":
             from landiff.launchers.project.check import check_command as handler
         case "learn":
-            from landiff.launchers.pipeline import learn_command as handler
+            from landiff.launchers.learn import learn_command as handler
         case "submit":
             from landiff.launchers.slurm.commands import submit_command as handler
         case "status":

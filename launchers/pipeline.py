@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from landiff.configs import load
-from landiff.configs.documents import read_json
 from landiff.configs.problems import require_none
 from landiff.launchers.config import WorldConfig
 from landiff.launchers.local.stage_processes import Command, StoppedBySignal, run_commands
@@ -36,8 +35,6 @@ from landiff.launchers.project.presets import (
 )
 
 QUICKSTART_OUT = "runs/quickstart"
-LEARN_PRESET = "shapes"
-RATES = "rates.json"
 
 
 @dataclass(frozen=True)
@@ -103,20 +100,6 @@ def print_outlook(
             gpus[stem] = processes.get(stem) or default_processes(left[stem])
     for line in outlook(left, gpus, out):
         print(f"# {line}")
-
-
-def learn_command(args: argparse.Namespace) -> int:
-    """Trains on the shapes world from scratch and scores the result. Returns the exit code."""
-    out = Path(args.out)
-    at_once = stages_at_once(LEARN_PRESET)
-    code = run_pipeline("learn", learn_stages(args.seed), out, args.dry_run, at_once)
-    if not args.dry_run and code == 0:
-        from landiff.launchers.results.shapes_page import write_learn_report
-
-        print_rates(out)
-        report = write_learn_report(out, read_summary(out).stages)
-        print(f"report: {report}")
-    return code
 
 
 def data_stages(preset: str, processes: int | None) -> list[PipelineStage]:
@@ -329,45 +312,6 @@ def latents_stage(preset: str) -> PipelineStage:
         after=("shards",),
         output="data/latents",
     )
-
-
-def learn_stages(seed: int) -> list[PipelineStage]:
-    """The pipeline of the preset `shapes`, and its scores."""
-    stages = []
-    for stage in local_stages(LEARN_PRESET, seed=seed):
-        if stage.name == "sample":
-            words = (*stage.command, "--prompts", "world/prompts-heldout.txt")
-            stage = replace(stage, command=words)
-        stages.append(stage)
-    labels = "world/labels-true-heldout.jsonl"
-    words = ("attribute", "--config", "shapes/sample", "--videos", "world/true-heldout")
-    stages += [
-        PipelineStage(
-            "attribute",
-            "which stage loses what",
-            (*words, "--labels", labels, "--out", "attribution.json"),
-            after=("export lm", "export diffusion"),
-            output="attribution.json",
-        ),
-        PipelineStage(
-            "score",
-            "videos -> rates",
-            (
-                *("shapes", "score", "--videos", "samples"),
-                *("--labels", "world/prompts-heldout.jsonl", "--out", RATES),
-            ),
-            after=("sample",),
-            output=RATES,
-        ),
-    ]
-    return stages
-
-
-def print_rates(out: Path) -> None:
-    """Prints the rates of the samples."""
-    from landiff.launchers.data.shapes import format_rates
-
-    print(f"\nheld-out prompts: {format_rates(read_json(out / RATES))}")
 
 
 def run_pipeline(

@@ -159,5 +159,10 @@ def add_learn(commands: Commands) -> None:
     learn.add_argument("--out", default="runs/learn", metavar="DIR", help="output folder")
     learn.add_argument("--seed", type=int, default=0, help="seed of data and training")
     learn.add_argument(
+        "--long",
+        action="store_true",
+        help="also train a language model on longer clips, and score videos of four chunks",
+    )
+    learn.add_argument(
         "--dry-run", action="store_true", help="print the commands and start nothing"
     )

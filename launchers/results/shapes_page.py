@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from landiff.configs.documents import read_json
 from landiff.configs.files import atomic_file
 from landiff.data_pipeline.synthetic.judge import judge
 from landiff.data_pipeline.synthetic.world import ATTRIBUTES, COLORS, FPS, GROUNDS
-from landiff.launchers.data.shapes import format_rates, pair_files, read_rows, read_videos
+from landiff.launchers.data.shapes import pair_files, read_rows, read_videos
 from landiff.launchers.local.stage_summary import StageResult
 from landiff.launchers.pages import html
 from landiff.launchers.results.pipeline_page import (
@@ -155,10 +154,10 @@ def _grid(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
     return grid
 
 
-def write_learn_report(out: Path, stages: Sequence[StageResult]) -> Path:
+def write_learn_report(out: Path, stages: Sequence[StageResult], rates: str) -> Path:
     """Writes `report.html` of a folder of `landiff learn`. Returns its path.
 
-    stages: of `summary.json`.
+    stages: of `summary.json`. rates: of the videos, as text.
     """
     prompts = out / "world" / "prompts-heldout.jsonl"
     videos = judged_videos(out / "samples", prompts, MAX_VIDEOS)
@@ -169,7 +168,6 @@ def write_learn_report(out: Path, stages: Sequence[StageResult]) -> Path:
         figures.append(video_figure(video.frames_THWC, video.caption, video.verdict))
         if nearest is not None:
             figures.append(nearest_figure(nearest))
-    rates = format_rates(read_json(out / "rates.json"))
     path = out / REPORT
     html.write_page(
         path,

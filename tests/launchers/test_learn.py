@@ -12,7 +12,8 @@ from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.synthetic import world
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.cli import main
-from landiff.launchers.pipeline import PipelineStage, learn_stages, local_stages
+from landiff.launchers.learn import learn_stages
+from landiff.launchers.pipeline import PipelineStage, local_stages
 from landiff.launchers.project.check import check_preset
 from landiff.launchers.project.presets import PRESET_CONFIGS
 from tests.launchers.random_zoo import write_random_shapes_zoo
@@ -27,10 +28,11 @@ def check_stages(stages: list[PipelineStage]) -> None:
         assert set(stage.after) <= set(names[:number])
 
 
-def test_stages_of_learn_parse_and_wait_for_stages_before_them():
-    stages = learn_stages(seed=3)
+@pytest.mark.parametrize("long", [False, True])
+def test_stages_of_learn_parse_and_wait_for_stages_before_them(long):
+    stages = learn_stages(seed=3, long=long)
     check_stages(stages)
-    assert stages[-1].name == "score"
+    assert stages[-1].name == ("long score" if long else "score")
     for stage in stages:
         if stage.run is not None:
             assert "loop.seed=3" in stage.command
@@ -82,6 +84,10 @@ def test_a_dry_run_prints_the_commands(capsys):
     lines = capsys.readouterr().out.splitlines()
     make = "landiff shapes make --out world --clips 6000 --true-clips 108 --seed 0"
     assert lines[:2] == ["cd here", make]
+    assert main(["learn", "--dry-run", "--out", "here", "--long"]) == 0
+    longer = capsys.readouterr().out.splitlines()
+    assert longer[: len(lines)] == lines
+    assert any("lm --config shapes/long-lm" in line for line in longer)
 
 
 def test_attribution_scores_every_stage_of_the_chain(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from landiff.data_pipeline.synthetic import world
 from landiff.launchers.cli import main
+from landiff.launchers.learn import rates_text
 from landiff.launchers.local.stage_summary import StageResult
 from landiff.launchers.results.shapes_page import write_learn_report
 
@@ -39,7 +40,10 @@ def test_videos_are_shown_with_verdicts_and_nearest_clips(tmp_path: Path, capsys
     score = ["shapes", "score", "--videos", str(videos), "--labels", str(prompts)]
     assert main([*score, "--out", str(rates)]) == 0
     stage = StageResult("lm", 2.0, 1.5, 0, first_loss=3.0, last_loss=1.25, look="runs/lm")
-    page = write_learn_report(tmp_path, [stage]).read_text()
+    (tmp_path / "long").mkdir()
+    assert main([*score, "--out", str(tmp_path / "long" / "rates.json"), "--chunks", "2"]) == 0
+    page = write_learn_report(tmp_path, [stage], rates_text(tmp_path)).read_text()
+    assert "held-out prompts" in page and "over 2 chunks the same" in page
     assert "all five right" in page and "wrong: color" in page and "1.2500" in page
     assert page.count("RMS difference 0 of 255") == 2
 
