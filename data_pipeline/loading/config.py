@@ -76,7 +76,8 @@ class ValidationConfig(Config):
         lt=1,
         description=(
             "Fraction of source videos that are held out, chosen by a hash of each video. The "
-            "choice does not change when data are added."
+            "choice does not change when data are added. Of very few videos, at least one is held "
+            "out."
         ),
     )
     clips: tuple[str, ...] = Field(

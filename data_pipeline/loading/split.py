@@ -2,7 +2,8 @@
 
 Videos are held out as a whole: no video is used for both training and validation. Whether a video
 is held out by `fraction` depends only on its content (a hash of its SHA-256), in every data set of
-a blend, so it does not change when data are added.
+a blend, so it does not change when data are added. Of so few videos that none has a hash below
+`fraction`, the one with the lowest is held out.
 
 The source of a clip is stored in its metadata only, so the metadata of all clips are read once when
 a loader is built, by each rank for a part of the shards. Afterwards every rank has the positions of
@@ -12,6 +13,7 @@ the held-out clips only.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +26,8 @@ from landiff.data_pipeline.format.buckets import bucket_names
 from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import RawSample, content_fingerprint
 from landiff.data_pipeline.loading.config import ValidationConfig
+
+log = logging.getLogger(__name__)
 
 NAMES_SHOWN = 3  # in a message
 
@@ -73,7 +77,8 @@ class Split:
 
     positions: for each training data set, raw positions by shard.
     clips: the validated clips, in the order of their hashes.
-    videos: hashes of the held-out videos, sorted. None if a fraction decides by the hash itself.
+    videos: hashes of the held-out videos, sorted; with a fraction, of those that it does not hold
+        out by the hash itself, or None.
     """
 
     positions: list[dict[int, list[int]]]
@@ -117,6 +122,17 @@ def find_split(
     is_held_out = search.held_out_hashes(first)
     positions, held_out, total = search.positions(is_held_out)
     clips = search.clips(is_held_out)
+    if not clips and first is None and config.fraction is not None:
+        is_held_out = search.lowest_video()
+        positions, held_out, total = search.positions(is_held_out)
+        clips = search.clips(is_held_out)
+        if clips and search.ranks.rank == 0:
+            log.warning(
+                "%s holds out none of so few videos; the one with the lowest hash is held out, "
+                "with %d clips",
+                _described(config),
+                len(clips),
+            )
     if not clips and first is None:
         shapes = f" and one of the shapes {', '.join(buckets)}" if buckets else ""
         raise ConfigError(
@@ -213,12 +229,12 @@ class _Search:
         return [HeldOutClip(_hash(f"clip/{key}"), key, source, shard, position)]
 
     def held_out_hashes(self, first: Split | None) -> Hashes | None:
-        """Hashes of the held-out videos, sorted. None if `fraction` decides by the hash itself.
+        """Hashes of the held-out videos, sorted. With `fraction`, those of `first`, or None.
 
         Raises ConfigError for entries of `clips` that no clip has, unless there is a `first` split.
         """
         if self.config.fraction is not None:
-            return None
+            return None if first is None else first.videos
         own = self._listed_videos
         for part in self._shards:
             if part.source == self.num_training:
@@ -239,11 +255,24 @@ class _Search:
             )
         return np.array(sorted(videos), dtype=np.uint64)
 
+    def lowest_video(self) -> Hashes:
+        """The lowest hash of a video with clips that can be validated; empty if there is none."""
+        own = []
+        for part in self._shards:
+            for position, video in enumerate(part.videos.tolist()):
+                key = self.sets[part.source].key(part.shard, position)
+                if self._candidate(part.source, part.shard, position, key):
+                    own.append(video)
+        lowest = [part for part in self.ranks.gather(min(own, default=None)) if part is not None]
+        return np.array(sorted(lowest)[:1], dtype=np.uint64)
+
     def _is_held_out(self, videos: Hashes, hashes: Hashes | None) -> NDArray[np.bool_]:
-        if hashes is None:
-            assert self.config.fraction is not None
-            return videos < np.uint64(int(self.config.fraction * 2**64))
-        return np.isin(videos, hashes)
+        found = np.zeros(len(videos), dtype=np.bool_)
+        if self.config.fraction is not None:
+            found |= videos < np.uint64(int(self.config.fraction * 2**64))
+        if hashes is not None:
+            found |= np.isin(videos, hashes)
+        return found
 
     def positions(self, hashes: Hashes | None) -> tuple[list[dict[int, list[int]]], int, int]:
         """Held-out raw positions of each training data set, how many clips they are, and of all.

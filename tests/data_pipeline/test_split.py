@@ -118,10 +118,23 @@ def test_a_separate_data_set_takes_its_videos_out_of_training(data, tmp_path):
     assert trained == {video(key) for key in set(all_keys(SIZES)) - BAD} - validated
 
 
+def test_of_few_videos_one_is_held_out_on_every_rank(data, tmp_path):
+    """A fraction that is too small for the data still leaves clips to validate on."""
+    opened = loader(data, {"fraction": 1e-9})
+    validated = held_out_keys(opened)
+    assert len({video(key) for key in validated}) == 1
+    trained = epoch_keys(opened)
+    assert trained | set(validated) == set(all_keys(SIZES)) - BAD
+    assert {video(key) for key in trained}.isdisjoint({video(key) for key in validated})
+    loader(data, {"fraction": 1e-9}).load_state_dict(opened.state_dict())
+    single = write(tmp_path / "single", [1])
+    with pytest.raises(ConfigError, match=r"fraction = 1e-09 holds out all 1 clips"):
+        loader(single, {"fraction": 1e-9})
+
+
 @pytest.mark.parametrize(
     ("validation", "message"),
     [
-        ({"fraction": 1e-9}, r"fraction = 1e-09 holds out none of the 27 clips"),
         ({"fraction": 0.999999}, r"fraction = 0.999999 holds out all 27 clips"),
         ({"clips": ["no such clip"]}, r"1 entries are neither keys .* no such clip"),
         ({"clips_file": "/no/such/file"}, r"clips_file = /no/such/file cannot be read"),
