@@ -132,11 +132,11 @@ def long_stages(seed: int) -> list[PipelineStage]:
 
 def score_stage(name: str, after: str, videos: str, out: str, chunks: int = 1) -> PipelineStage:
     """Rates of the videos of held-out captions. chunks: of a video, compared with each other."""
-    words = ("shapes", "score", "--videos", videos, "--labels", "world/prompts-heldout.jsonl")
-    words = (*words, "--out", out)
+    words = ["shapes", "score", "--videos", videos, "--labels", "world/prompts-heldout.jsonl"]
+    words += ["--out", out]
     if chunks > 1:
-        words = (*words, "--chunks", str(chunks))
-    return PipelineStage(name, "videos -> rates", words, after=(after,), output=out)
+        words += ["--chunks", str(chunks)]
+    return PipelineStage(name, "videos -> rates", tuple(words), after=(after,), output=out)
 
 
 def rates_text(out: Path) -> str:
