@@ -26,12 +26,9 @@ from landiff.training.checks import Launch
 def sample_command(args: argparse.Namespace) -> int:
     """Generates the videos of prompts. Returns the exit code."""
     processes = 1 if args.nproc is None else args.nproc
-    problems = check_processes(processes, visible_gpus())
-    problems += problems_of(lambda: parse_task(args.task))
+    problems = check_division(args.task, processes)
     if args.memory is not None:
         problems += problems_of(lambda: parse_memory(args.memory))
-    if processes > 1 and args.task is not None:
-        problems.append(Problem("--nproc divides the work itself; leave --task out"))
 
     def describe(config: SampleConfig) -> str:
         require_pairs(config, processes, args.pair)
@@ -70,6 +67,15 @@ def sample_command(args: argparse.Namespace) -> int:
             return pair.lead(config, place, task)
         sample.sample_videos(config, task)
     return 0
+
+
+def check_division(task: str | None, processes: int) -> list[Problem]:
+    """Problems of `--task` and `--nproc`."""
+    problems = check_processes(processes, visible_gpus())
+    problems += problems_of(lambda: parse_task(task))
+    if processes > 1 and task is not None:
+        problems.append(Problem("--nproc divides the work itself; leave --task out"))
+    return problems
 
 
 def require_pairs(config: SampleConfig, processes: int, pair: str | None) -> None:
@@ -124,6 +130,8 @@ def vbench_command(args: argparse.Namespace) -> int:
         "sample", SampleConfig, args.config, args.overrides, launch=Launch()
     )
     problems += problems_of(lambda: require_pairs(config, 1, None))
+    processes = 1 if args.nproc is None else args.nproc
+    problems += check_division(args.task, processes)
     require_none([*problems, *check_vbench(args)])
     python = Path(args.vbench_python)
     dimensions = args.dimensions.split(",") if args.dimensions else list(DIMENSIONS)
@@ -143,8 +151,18 @@ def vbench_command(args: argparse.Namespace) -> int:
 
     folder = config.out
     videos = folder / vbench.VIDEOS
+    sampled = config.model_copy(update={"out": videos})
+    if args.task is not None:
+        task = parse_task(args.task)
+        with ownership.take(folder / f"{OWNER}.{task[0]}", f"evaluation {folder}"):
+            sample_videos(sampled, task, units=units)
+        return 0
+    if processes > 1:
+        code = sample_in_processes(args.argv, processes, command="evaluate")
+        if code:
+            return code
     with ownership.take(folder / OWNER, f"evaluation {folder}"):
-        sample_videos(config.model_copy(update={"out": videos}), units=units)
+        sample_videos(sampled, units=units)
         frames = vbench.check_lengths(videos, [unit.name for unit in units])
         long = vbench.is_long(frames, config.fps)
         progress = ProgressLine("vbench", "dimensions", every_s=0.0)

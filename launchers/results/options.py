@@ -126,3 +126,15 @@ def add_evaluate(commands: Commands) -> None:
         metavar="FILE",
         help="vbench: JSON object that maps official prompts to augmented ones to sample from",
     )
+    evaluate.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="vbench: number of processes that sample, each with its own GPU (default: 1)",
+    )
+    evaluate.add_argument(
+        "--task",
+        metavar="I/N",
+        help="vbench: only sample part I of N of the videos, counted from 0; the command without "
+        "--task then runs VBench",
+    )

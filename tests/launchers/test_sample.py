@@ -479,6 +479,12 @@ def test_vbench_samples_runs_and_scores_and_resumes(zoo, tmp_path, capsys, monke
     document = json.loads(Path("vbench/scores.json").read_text())
     assert document["results"] == {"scene": 0.25, "color": 0.25} and not document["vbench_long"]
     before = files(Path("vbench/videos"))
+    assert main([*words, "out=divided", "--task", "0/2"]) == 0
+    assert len(files(Path("divided/videos"))) == 5 and not Path("divided/results").exists()
+    assert main([*words, "out=divided", "--nproc", "2"]) == 0
+    assert files(Path("divided/videos")) == before
+    assert Path("divided/scores.json").exists()
+    capsys.readouterr()
     Path("vbench/results/color_eval_results.json").unlink()
     assert main(words) == 0
     assert files(Path("vbench/videos")) == before

@@ -1,4 +1,4 @@
-"""Starts the processes of `landiff sample --nproc` and waits for them. Torch-free."""
+"""Starts the processes of `--nproc` of commands that sample, and waits for them. Torch-free."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def sample_in_processes(
     argv: Sequence[str],
     processes: int,
     *,
+    command: str = "sample",
     in_pairs: bool = False,
     stdin: Sequence[str] | None = None,
 ) -> int:
-    """Runs a `landiff sample` command in several processes, each with a part of the videos.
+    """Runs a `landiff` command in several processes, each with a part of the videos.
 
     Each has a GPU of its own, if there are GPUs.
 
+    command: the word before the options in `argv`.
     in_pairs: two processes generate each video.
     stdin: lines of standard input that this process has read, and each process reads again.
 
@@ -40,7 +42,7 @@ def sample_in_processes(
     `wait_in_pairs`.
     """
     words = without_option(argv, "--nproc")
-    position = words.index("sample") + 1
+    position = words.index(command) + 1
     together = 2 if in_pairs else 1
     port = 0
     children = []
@@ -50,10 +52,10 @@ def sample_in_processes(
         own = ["--task", f"{number // together}/{processes // together}"]
         if in_pairs:
             own += ["--pair", f"{number % 2}:{port}"]
-        command = [sys.executable, "-m", "landiff.launchers.cli"]
+        program = [sys.executable, "-m", "landiff.launchers.cli"]
         env = environment() | one_gpu(number)
-        command += [*words[:position], *own, *words[position:]]
-        children.append(start(command, env, stdin))
+        program += [*words[:position], *own, *words[position:]]
+        children.append(start(program, env, stdin))
     if in_pairs:
         wait_in_pairs(children)
         return 0
