@@ -54,7 +54,8 @@ def test_a_full_disk_is_found_before_anything_starts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("captions", ["file_name", None])
-def test_a_project_says_what_becomes_of_clips_without_captions(tmp_path, captions):
+def test_a_project_says_what_becomes_of_clips_without_captions(tmp_path, captions, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the folder of the source is in the files
     command = ["new", str(tmp_path / "project"), "--source", "videos"]
     assert main([*command, *(["--captions", captions] if captions else [])]) == 0
     text = (tmp_path / "project" / "shards.yaml").read_text()

@@ -10,12 +10,12 @@ from landiff.training.lm.config import LMTrainConfig
 from tests.training.lm.samples import tiny_config
 
 
-@pytest.mark.parametrize("name", ["nano/lm", "landiff/lm"])
-def test_packaged_configs_load(name):
+@pytest.mark.parametrize(("name", "copies"), [("nano/lm", 4), ("landiff/lm", 8)])
+def test_packaged_configs_load(name, copies):
     config = load(LMTrainConfig, name)
     assert find(name).exists()
     assert config.data.global_batch_size % config.data.micro_batch_size == 0
-    assert model_copies(config, 8) == 4
+    assert model_copies(config, 8) == copies
 
 
 @pytest.mark.parametrize(
