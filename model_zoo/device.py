@@ -5,6 +5,8 @@ Trainers get their device from training/distributed.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,18 @@ def pick_device(name: str) -> torch.device:
             f"device = {name} cannot be used: {reason}; set device=auto or device=cpu"
         ) from None
     return device
+
+
+def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `function` does to the device of a tensor, without its cast. For `nn.Module._apply`."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = function(tensor)
+        if result.dtype != tensor.dtype:
+            return tensor.to(result.device)
+        return result
+
+    return moved
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

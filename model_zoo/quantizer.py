@@ -14,6 +14,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import cdist
 
 from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.device import keeping_dtype
 
 
 class Quantizer(VectorQuantize):
@@ -57,14 +58,7 @@ class Quantizer(VectorQuantize):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         """Moves tensors between devices but does not cast them to another dtype."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype != tensor.dtype:
-                return tensor.to(result.device)
-            return result
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def quantize(self, latents_BNZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes in training and updates the codebook. latents_BNZ: [B, N, Z].

@@ -79,7 +79,7 @@ def run_on_gpus(
             )
     deadline = time.monotonic() + timeout_s
     while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):  # the others may wait for it for ever
+        if any(process.poll() for process in processes):  # the others may wait for it without end
             deadline = min(deadline, time.monotonic() + 10)
         if time.monotonic() > deadline:
             for process in processes:

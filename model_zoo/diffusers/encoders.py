@@ -21,6 +21,7 @@ from landiff.configs.documents import read_json
 from landiff.configs.files import write_text
 from landiff.model_zoo.convert.formats.diffusers_folder import FILE
 from landiff.model_zoo.convert.lazy import LazyTensors, read_safetensors, write_safetensors
+from landiff.model_zoo.device import keeping_dtype
 from landiff.model_zoo.frozen.base import LatentCodec, TextEncoder
 from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec
 from landiff.model_zoo.frozen.config import (
@@ -65,14 +66,7 @@ class FrozenComponent(ModelMixin, ConfigMixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenComponent:
         """Moves tensors between devices but does not cast them to another dtype."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype != tensor.dtype:
-                return tensor.to(result.device)
-            return result
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the component's file."""
