@@ -24,6 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture(autouse=True)
+def same_folder() -> Generator[None]:
+    """Restores the working directory, which `landiff -C` changes, after each test."""
+    before = Path.cwd()
+    yield
+    os.chdir(before)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Keeps the objects of all imports out of garbage collections.

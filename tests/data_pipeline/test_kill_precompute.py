@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.distributed import ROOT
+
 
 def kills(what: str, work, number: int, seed: int) -> int:
     command = [
@@ -18,7 +20,7 @@ def kills(what: str, work, number: int, seed: int) -> int:
         str(number),
         str(seed),
     ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return int(ended.stdout.split()[-1])
 
