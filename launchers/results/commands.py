@@ -22,6 +22,8 @@ from landiff.launchers.results.sampling.processes import sample_in_processes
 from landiff.model_zoo.evaluate.vbench import DIMENSIONS
 from landiff.training.checks import Launch
 
+VBENCH_OPTIONS = ("vbench_python", "dimensions", "augmented", "nproc", "task")
+
 
 def sample_command(args: argparse.Namespace) -> int:
     """Generates the videos of prompts. Returns the exit code."""
@@ -95,6 +97,7 @@ def describe_sample(config: SampleConfig) -> str:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """Compares losses under conditions, measures videos, or runs VBench. Returns the exit code."""
+    refuse_vbench_options(args)
     if args.action == "vbench":
         return vbench_command(args)
     if args.action == "videos":
@@ -175,6 +178,21 @@ def vbench_command(args: argparse.Namespace) -> int:
     print(vbench.summary(evaluation))
     print(f"vbench: look at {folder / 'scores.html'}")
     return 0
+
+
+def refuse_vbench_options(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options of `landiff evaluate vbench` with another action."""
+    if args.action == "vbench":
+        return
+    given = [
+        "--" + name.replace("_", "-") for name in VBENCH_OPTIONS if getattr(args, name) is not None
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: only `landiff evaluate vbench` has "
+            f"{'this option' if len(given) == 1 else 'these options'}; leave out what "
+            f"`landiff evaluate {args.action}` does not use"
+        )
 
 
 def check_vbench(args: argparse.Namespace, *, inputs_exist: bool = True) -> list[Problem]:

@@ -16,7 +16,7 @@ from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import load_checked, load_with_problems
 from landiff.launchers.config import SampleConfig, ShardsJobConfig
 from landiff.launchers.local.gpus import default_processes
-from landiff.launchers.results.commands import check_vbench
+from landiff.launchers.results.commands import check_vbench, refuse_vbench_options
 from landiff.launchers.results.prompts import sample_values
 from landiff.launchers.run.job_folder import CONFIG, JOB_FOLDER
 from landiff.launchers.slurm.cluster_config import STAGES, ClusterConfig
@@ -271,6 +271,7 @@ def plan_evaluation(
     args: argparse.Namespace, context: SubmitContext, name: str | None
 ) -> SubmitPlan:
     """The job of an action of `landiff evaluate`. Paths of its options are made absolute."""
+    refuse_vbench_options(args)
     stage, cls = EVALUATIONS[args.action]
     launch = context.launch()
     config, problems = load_checked(stage, cls, args.config, args.overrides, launch=launch)
@@ -286,6 +287,10 @@ def plan_evaluation(
             words += ["--dimensions", args.dimensions]
         if args.augmented is not None:
             words += ["--augmented", str(context.workdir / args.augmented)]
+        if args.nproc is not None:
+            words += ["--nproc", str(args.nproc)]
+        if args.task is not None:
+            words += ["--task", args.task]
     job = plan_process("evaluate", context, name or default, words, config)
     return replace(job, problems=tuple(problems))
 

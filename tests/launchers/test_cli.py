@@ -182,6 +182,16 @@ def test_all_mistakes_are_told_at_once_and_no_rank_starts(capfd, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["lm", "runs"]
 
 
+@pytest.mark.parametrize(
+    ("action", "config"), [("conditions", "nano/evaluate"), ("videos", "nano/videos")]
+)
+def test_options_of_vbench_are_refused_elsewhere(capsys, action, config):
+    words = ["evaluate", action, "--config", config, "--nproc", "2", "--task", "0/2"]
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "--nproc, --task: only `landiff evaluate vbench` has" in err
+
+
 def test_checks_need_no_torch(tmp_path):
     commands = [
         ["train", "lm", "--config", "nano/lm"],

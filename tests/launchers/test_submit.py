@@ -519,15 +519,18 @@ def test_actions_of_evaluate_are_jobs_with_their_options(capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     submit = ("submit", "evaluate", "--cluster", "sandbox", "--dry-run", "--after", "7")
     options = ("--vbench-python", "env/bin/python", "--dimensions", "color,scene")
+    options += ("--nproc", "2")
     code, out, err = landiff(
         capsys, *submit, "vbench", "--config", "nano/sample", *options, "out=vbench"
     )
     assert code == 0, err
     python = tmp_path / "env" / "bin" / "python"
-    assert f"evaluate vbench --vbench-python {python} --dimensions color,scene" in out
+    assert f"evaluate vbench --vbench-python {python} --dimensions color,scene --nproc 2" in out
     assert "--job-name=evaluate-vbench" in out and "out: vbench" in out
     code, out, err = landiff(capsys, *submit, "videos", "--config", "nano/videos")
     assert code == 0 and "evaluate videos --config" in out, err
+    code, _, err = landiff(capsys, *submit, "videos", "--config", "nano/videos", "--nproc", "2")
+    assert code == 2 and "--nproc: only `landiff evaluate vbench` has this option" in err
     wrong = ("--dimensions", "taste", "--augmented", "nowhere.json")
     code, _, err = landiff(capsys, *submit[:-2], "vbench", "--config", "nano/sample", *wrong)
     assert code == 2
