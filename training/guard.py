@@ -64,6 +64,26 @@ class GuardEvent:
         kind = "spike" if self.action == "report" else self.action
         return {"kind": kind, "cause": self.cause, **shown}
 
+    def describe(self, checkpoint: int | None = None) -> str:
+        """One line for the log: the cause, loss and gradient norm, and what became of the step.
+
+        checkpoint: step of the checkpoint that a rollback has loaded; None if there is none.
+        """
+        numbers = []
+        for name, text in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            if name in self.values:
+                number = f"{text} {self.values[name]:.4g}"
+                if f"guard/{name}_score" in self.values:
+                    score = self.values[f"guard/{name}_score"]
+                    number += f" ({score:+.1f} deviations from the median)"
+                numbers.append(number)
+        effect = "the weights were not updated"
+        if self.action == "report":
+            effect = "the step was trained on"
+        elif checkpoint is not None:
+            effect = f"training continues from the weights of step {checkpoint}"
+        return f"{self.cause}: {', '.join(numbers)}; {effect}"
+
 
 class Guard:
     """Decides for all ranks whether a step may change the weights.

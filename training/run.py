@@ -106,11 +106,11 @@ class Run:
         if event is None:
             return
         record: dict[str, Any] = event.as_json()
+        checkpoint = None
         if event.action == "rollback":
-            record["to"] = self.checkpoints.roll_back(state, engine)
+            checkpoint = record["to"] = self.checkpoints.roll_back(state, engine)
         self.events.add(state.step, record)
-        text = ", ".join(f"{name} = {value}" for name, value in record.items())
-        log.warning("step %d: %s", state.step, text)
+        log.warning("step %d: %s", state.step, event.describe(checkpoint))
 
     def stop_requested(self) -> bool:
         """Whether a rank received SIGTERM or SIGUSR1, or a `stop` file exists. Equal on all ranks.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -133,12 +134,20 @@ def test_a_run_that_keeps_returning_to_one_checkpoint_ends(tmp_path):
 
 
 @pytest.mark.parametrize(("action", "skipped"), [("report", 0), ("skip", 1), ("rollback", 1)])
-def test_a_spike_is_reported_skipped_or_rolled_back(tmp_path, action, skipped):
+def test_a_spike_is_reported_skipped_or_rolled_back(tmp_path, caplog, action, skipped):
     settings = config(tmp_path, steps=15, spikes={**SPIKES, "action": action})
     _, state = train(settings, {14: 1e4})
     target = 14 if action == "rollback" else None
     kind = "spike" if action == "report" else action
     assert events(tmp_path) == [(15, kind, "spike", target)]
+    effect = {
+        "report": "the step was trained on",
+        "skip": "the weights were not updated",
+        "rollback": "training continues from the weights of step 14",
+    }[action]
+    number = r"-?[\d.e+]+ \([+-][\d.]+ deviations from the median\)"
+    line = f"step 15: spike: loss {number}, gradient norm {number}; {effect}"
+    assert re.fullmatch(line, caplog.messages[-1]), caplog.messages
     assert (state.guard.spikes, state.guard.skipped) == (1, skipped)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert lines[14]["guard/loss_score"] > SPIKES["threshold"]
