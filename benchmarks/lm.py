@@ -16,6 +16,7 @@ here in the same precision.
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -215,6 +216,7 @@ def main() -> None:
     """Measures and prints the table."""
     options = parse_arguments()
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     model = load_preset(options.preset).lm
     if options.layers:
         model = model.model_copy(update={"num_layers": options.layers})
