@@ -15,7 +15,6 @@ A config file holds only what differs from the defaults of its class. Three rule
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from landiff.configs.base import LENIENT, Config, ConfigError
+from landiff.configs.base import Config, ConfigError
 from landiff.configs.documents import (
     MAX_JSON_BYTES,
     YamlWriter,
@@ -38,11 +37,16 @@ from landiff.configs.documents import (
     shown,
 )
 from landiff.configs.files import PRIVATE, PUBLIC, write_text
-from landiff.configs.problems import SHOWN_PROBLEMS, Problem, problems_of, require_none
-from landiff.configs.secrets import REDACTED, is_secret_name, redact
+from landiff.configs.problems import (
+    Problem,
+    WrongValue,
+    nearest_name,
+    problems_of,
+    require_none,
+)
+from landiff.configs.secrets import redact
+from landiff.configs.wrong_values import dotted_key, explain, explain_all, repaired
 
-MAX_LISTED_NAMES = 25  # known names are listed in an error message if there are fewer
-SHOWN_VALUE = 200  # characters of a value in an error message
 PACKAGED = Path(__file__).resolve().parent
 
 EXTENDS = "extends"  # top-level key that names the file whose values a file starts from
@@ -132,9 +136,10 @@ def load_leniently(
 ) -> tuple[C | None, list[Problem]]:
     """Like `load`, but returns (config, problems) instead of raising the problems.
 
-    The config is returned if every value has its type, even if some values contradict each other,
-    so that further checks can report their problems too. `values` replaces top-level keys by
-    Python values. Raises ConfigError if the file cannot be read.
+    With problems, the config only serves further checks, which can report theirs too. It has other
+    values in place of wrong ones (`configs.repair`), and is None if a required one is missing.
+    `values` replaces top-level keys by Python values. Raises ConfigError if the file cannot be
+    read.
     """
     files = _Files()
     if isinstance(source, Mapping):
@@ -154,11 +159,9 @@ def load_leniently(
     except ValidationError as error:
         for each in error.errors():
             place = files.describe(origin, each["loc"])
-            problems.append(Problem(_explain(cls, place, each)))
-    try:
-        return cls.model_validate(data, context=LENIENT), problems
-    except ValidationError:
-        return None, problems
+            text = explain(cls, data, place, each)
+            problems.append(WrongValue(text, ".".join(dotted_key(data, each["loc"]))))
+    return repaired(cls, data, files.earlier), problems
 
 
 def validate(cls: type[C], data: Mapping[str, Any], origin: str = "config") -> C:
@@ -166,7 +169,7 @@ def validate(cls: type[C], data: Mapping[str, Any], origin: str = "config") -> C
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain_all(cls, origin, error)) from None
+        raise ConfigError(explain_all(cls, data, origin, error)) from None
 
 
 def read_json_as(
@@ -195,7 +198,7 @@ def parse_json_as(cls: type[C], data: bytes, origin: Path | str, *, any_text: bo
     try:
         return cls.model_validate_json(data)
     except ValidationError as error:
-        raise ConfigError(_explain_all(cls, str(origin), error)) from None
+        raise ConfigError(explain_all(cls, None, str(origin), error)) from None
 
 
 def dump(config: Config) -> str:
@@ -223,11 +226,13 @@ Key = tuple[str, ...]
 class _Files:
     """Reads config files with what they extend and refer to, and remembers where values are from.
 
-    `origins` maps the key of each value to its file, for error messages.
+    `origins` maps the key of each value to its file, for error messages. `earlier` maps the key of
+    each value that replaced another one to the value that it replaced.
     """
 
     def __init__(self) -> None:
         self.origins: dict[Key, Path] = {}
+        self.earlier: dict[Key, Any] = {}
 
     def load(
         self,
@@ -329,14 +334,17 @@ class _Files:
 
     def merge(self, base: Any, own: Any, key: Key) -> Any:
         """`own` on top of `base`: sections key by key, everything else replaced."""
-        if not isinstance(base, dict) or not isinstance(own, dict):
-            return own
-        kinds = (base.get("kind"), own.get("kind"))
-        if None not in kinds and kinds[0] != kinds[1]:
+        is_section = isinstance(base, dict) and isinstance(own, dict)
+        if is_section:
+            kinds = (base.get("kind"), own.get("kind"))
+            is_section = None in kinds or kinds[0] == kinds[1]
+        if not is_section:
+            if base is not _ABSENT:
+                self.earlier[key] = base
             return own
         merged = dict(base)
         for name, value in own.items():
-            merged[name] = self.merge(base.get(name), value, (*key, name))
+            merged[name] = self.merge(base.get(name, _ABSENT), value, (*key, name))
         return merged
 
     def forget(self, key: Key) -> None:
@@ -377,6 +385,8 @@ def _apply(cls: type[BaseModel], data: dict[str, Any], override: str, files: _Fi
     files.forget((*parents, last))
     if section is not None and isinstance(value, str):
         value = files.follow(section, value, None, (*parents, last))
+    if last in node:
+        files.earlier[(*parents, last)] = node[last]
     node[last] = value
 
 
@@ -400,79 +410,3 @@ def _section_class(annotation: Any) -> type[BaseModel] | None:
         found = [member for member in members if member is not None]
         return found[0] if len(found) == 1 else None
     return None
-
-
-def _explain_all(cls: type[BaseModel], origin: str, error: ValidationError) -> str:
-    """One line per problem, at most `SHOWN_PROBLEMS`."""
-    problems = error.errors(include_url=False)
-    lines = [_explain(cls, origin, problem) for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"{origin}: and {len(problems) - SHOWN_PROBLEMS} more")
-    return "\n".join(lines)
-
-
-def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
-    """Message for one problem that pydantic reports: file, dotted key, value and cause."""
-    location = [str(part) for part in error["loc"]]
-    dotted = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        meant = nearest_name(location[-1], _known_keys(cls, location[:-1]))
-        return f"{origin}: unknown config key {dotted!r}{meant}"
-    if error["type"] == "missing":
-        return f"{origin}: {dotted} is required and not set"
-    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{origin}: {_explain_tag(dotted, error['ctx'])}"
-    message = error["msg"].removeprefix("Value error, ")
-    where = f"{dotted}: " if dotted else ""
-    if dotted and not isinstance(error["input"], dict):
-        where = f"{dotted} = {_shown_value(location, error['input'])}: "
-    return f"{origin}: {where}{redact(message)}"
-
-
-def _known_keys(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Keys of the section at `path` below `cls`; empty if its class is not certain."""
-    owner = cls
-    for part in path:
-        if part.isdecimal():  # of a list, whose items have the class that was found for the list
-            continue
-        if part not in owner.model_fields:
-            return []
-        annotation = owner.model_fields[part].annotation
-        if typing.get_origin(annotation) in (tuple, list):
-            annotation = typing.get_args(annotation)[0]
-        section = _section_class(annotation)
-        if section is None:
-            return []
-        owner = section
-    return list(owner.model_fields)
-
-
-def _shown_value(location: Sequence[str], value: Any) -> str:
-    """A value for an error message, without secrets and of at most `SHOWN_VALUE` characters."""
-    if "env" in location and is_secret_name(location[-1]):
-        return REDACTED
-    text = redact(repr(value))
-    if len(text) > SHOWN_VALUE:
-        return f"{text[:SHOWN_VALUE]}..."
-    return text
-
-
-def _explain_tag(dotted: str, context: Mapping[str, str]) -> str:
-    """Message for a section whose class depends on a key (`kind`) that is missing or unknown."""
-    key = f"{dotted}.{context['discriminator'].strip(chr(39))}"
-    if "tag" not in context:
-        return f"{key} is required and not set; the other keys depend on it"
-    known = [name.strip(" '") for name in context["expected_tags"].split(",")]
-    close = difflib.get_close_matches(context["tag"], known, n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]!r}? " if close else ""
-    return f"{key} = {context['tag']!r} is unknown; {meant}known here: {', '.join(known)}"
-
-
-def nearest_name(name: str, known: Sequence[str]) -> str:
-    """End of a message about an unknown name: the nearest known name, or a short list of all."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    if known and len(known) < MAX_LISTED_NAMES:
-        return f"; known here: {', '.join(sorted(known))}"
-    return ""

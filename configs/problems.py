@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from landiff.configs.base import ConfigError
 
 SHOWN_PROBLEMS = 20  # at most, in one message
+MAX_LISTED_NAMES = 25  # known names are listed in a message if there are fewer
 LONGEST_NAME = 255  # bytes of one part of a path, on all common file systems
 
 
@@ -25,6 +27,13 @@ class Problem:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class WrongValue(Problem):
+    """A value that a config cannot have. `key` is its dotted key, "" for the whole config."""
+
+    key: str = ""
 
 
 def problems_of(action: Callable[[], object]) -> list[Problem]:
@@ -78,3 +87,13 @@ def check_writable(key: str, folder: Path) -> list[Problem]:
     else:
         return []
     return [Problem(f"{where} cannot be written: {place} {reason}; name another folder")]
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """End of a message about an unknown name: the nearest known name, or a short list of all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if known and len(known) < MAX_LISTED_NAMES:
+        return f"; known here: {', '.join(sorted(known))}"
+    return ""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from landiff.configs import Config
 from landiff.configs.loader import load_leniently, nearest_name
 from landiff.configs.problems import Problem, check_writable, require_none
+from landiff.configs.wrong_values import without_consequences
 from landiff.data_pipeline.format.schema import column_stem
 from landiff.data_pipeline.precompute.config import (
     CaptionFileConfig,
@@ -62,7 +63,7 @@ def load_checked(
     Arguments and errors are those of `load_with_problems`.
     """
     config, problems = load_with_problems(cls, source, overrides, values)
-    return config, [*problems, *check(stage, config, launch)]
+    return config, without_consequences([*problems, *check(stage, config, launch)])
 
 
 def load_with_problems(
@@ -71,10 +72,10 @@ def load_with_problems(
     overrides: Sequence[str],
     values: Mapping[str, Any] | None = None,
 ) -> tuple[C, list[Problem]]:
-    """A config and the problems of its values.
+    """A config and the problems of its values. With problems, it only serves further checks.
 
-    `values` replace top-level keys without being parsed as YAML. Raises ConfigError if a value has
-    the wrong type or the file cannot be read: then there is no config for further checks.
+    `values` replace top-level keys without being parsed as YAML. Raises ConfigError if the file
+    cannot be read or lacks a value: then there is no config for further checks.
     """
     config, problems = load_leniently(cls, source, overrides, values)
     if config is None:

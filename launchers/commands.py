@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from landiff.configs import Config, ConfigError, dump
-from landiff.configs.problems import Problem, require_none
+from landiff.configs.problems import Problem, WrongValue, require_none
 from landiff.configs.secrets import redact
 from landiff.launchers.checks import load_checked
 from landiff.training.checks import Launch
@@ -39,13 +39,18 @@ def load_for_job(
         stage, cls, args.config, args.overrides, launch=Launch(), values=values
     )
     if args.dry_run:
-        print_dry_run(config, describe(config))
+        print_dry_run(config, describe(config), found)
     require_none([*problems, *found])
     return None if args.dry_run else config
 
 
-def print_dry_run(config: Config, plan: str) -> None:
-    """Prints the resolved config and what the command would do, without secrets."""
+def print_dry_run(config: Config, plan: str, problems: Sequence[Problem] = ()) -> None:
+    """Prints the resolved config and what the command would do, without secrets.
+
+    Prints nothing if `problems` has a wrong value, since the config then has another in its place.
+    """
+    if any(isinstance(problem, WrongValue) for problem in problems):
+        return
     print(redact(f"{dump(config)}\n# {plan}"))
 
 

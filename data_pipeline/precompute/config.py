@@ -304,13 +304,16 @@ class PrecomputeConfig(Config):
         if not isinstance(columns, dict):
             return columns
         with_kinds = {}
+        unknown = []
         for name, column in columns.items():
             kind = column_stem(str(name))
             if kind not in KINDS:
-                raise ValueError(_unknown_kind(str(name), kind))
+                unknown.append(_unknown_kind(str(name), kind))
             if isinstance(column, dict):
                 column = {"kind": kind, **column}
             with_kinds[name] = column
+        if unknown:
+            raise ValueError("; ".join(unknown))
         return with_kinds
 
     @model_validator(mode="after")

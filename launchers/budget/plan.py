@@ -32,7 +32,12 @@ from landiff.launchers.budget.total import (
     precompute_cost,
     training_cost,
 )
-from landiff.launchers.project.presets import PRESET_CONFIGS, preset_config, require_preset
+from landiff.launchers.project.presets import (
+    PRESET_CONFIGS,
+    preset_config,
+    project_folder,
+    require_preset,
+)
 from landiff.launchers.stages import TRAINERS, AnyTrainConfig
 
 
@@ -110,15 +115,21 @@ def plan_all(args: argparse.Namespace) -> int:
             hint = way_out(config, args.gpus, gpu, speed)
             raise ConfigError(f"{stem}: {error}; {hint}") from None
     print(f"{args.preset} on {args.gpus} x {args.gpu}, at an MFU of {args.mfu:.0%}")
-    print(format_total(costs, columns_cost(configs, args.clips, gpu), gpu, args.price))
+    columns = columns_cost(configs, project_folder(args.preset), args.clips, gpu)
+    print(format_total(costs, columns, gpu, args.price))
     return 0
 
 
-def columns_cost(configs: dict[str, Any], clips: int | None, gpu: Gpu) -> PrecomputeCost | None:
-    """The cost of the columns of `clips` clips, by default those of the data. None without data."""
+def columns_cost(
+    configs: dict[str, Any], folder: Path, clips: int | None, gpu: Gpu
+) -> PrecomputeCost | None:
+    """The cost of the columns of `clips` clips, by default those of the data. None without data.
+
+    folder: that in which relative paths are resolved.
+    """
     if clips is None:
         try:
-            clips = read_manifest(Path(configs["shards"].data)).num_samples
+            clips = read_manifest(folder / configs["shards"].data).num_samples
         except (OSError, ConfigError):
             return None
     return precompute_cost(configs, clips, gpu)

@@ -27,6 +27,7 @@ from landiff.configs.files import write_text
 from landiff.configs.loader import write_config
 from landiff.configs.ownership import OWNER, Ownership
 from landiff.configs.problems import require_none
+from landiff.configs.wrong_values import without_consequences
 from landiff.launchers.checks import load_with_problems
 from landiff.launchers.commands import JobFailed, print_dry_run
 from landiff.launchers.local.children import environment, share_cores, stop_signals
@@ -58,8 +59,9 @@ def train_command(args: argparse.Namespace) -> int:
     processes = default_processes(config) if args.nproc is None else args.nproc
     problems += check_processes(processes, visible_gpus())
     problems += trainer.check(config, Launch(max(1, processes)))
+    problems = without_consequences(problems)
     if args.dry_run:
-        print_dry_run(config, f"would train in {config.run} on {processes} process(es)")
+        print_dry_run(config, f"would train in {config.run} on {processes} process(es)", problems)
     require_none(problems)
     if args.dry_run:
         return 0

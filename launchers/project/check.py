@@ -6,28 +6,29 @@ import argparse
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from landiff.configs import ConfigError
 from landiff.configs.durations import size
 from landiff.configs.loader import load_leniently
-from landiff.configs.problems import Problem, require_none
+from landiff.configs.problems import Problem, WrongValue, require_none
+from landiff.configs.wrong_values import without_consequences
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check, load_with_problems
 from landiff.launchers.local.gpus import default_processes
-from landiff.launchers.project.chain import EXPORTED, check_chain
+from landiff.launchers.project.chain import EXPORTED
 from landiff.launchers.project.further import check_further, without_made_sources
 from landiff.launchers.project.names import check_names
 from landiff.launchers.project.presets import (
-    PRESET_CONFIGS,
     configs_of,
     has_config,
-    packaged_presets,
     preset_config,
+    project_folder,
     require_preset,
 )
+from landiff.launchers.project.rules import check_chain
 from landiff.launchers.project.selection import check_skipped, skipped_stages
 from landiff.launchers.show_config import class_names_of
 from landiff.launchers.stages import STAGE_CONFIGS
@@ -49,8 +50,8 @@ START_KINDS = {"tokenizer": ("tokenizer",), "lm": ("lm",)}
 class PresetReport:
     """What was found in a preset.
 
-    configs: without those whose values have wrong types. skipped: stages that need not run, with
-    the reason of each.
+    configs: without those that cannot be read; those with wrong values have others in their place,
+    and only serve checks. skipped: stages that need not run, with the reason of each.
     """
 
     configs: dict[str, Any]
@@ -66,7 +67,7 @@ def check_command(args: argparse.Namespace) -> int:
     report = check_preset(args.preset)
     require_none(report.problems, shown=len(report.problems))
     clips = [shape.name for shape in report.configs["shards"].shapes]
-    workdir = Path(".") if args.preset in packaged_presets() else Path(args.preset)
+    workdir = project_folder(args.preset)
     print(f"check: {size(shutil.disk_usage(workdir).free)} of free space in {workdir.absolute()}")
     print(f"check: {len(report.configs)} configs of {args.preset} fit each other")
     print(f"check: clips {', '.join(clips)} (frames x height x width)")
@@ -82,7 +83,7 @@ def check_config(name: str, overrides: Sequence[str]) -> int:
     stage = classes[0]
     config, problems = load_with_problems(STAGE_CONFIGS[stage], name, overrides)
     ranks = default_processes(config) if isinstance(config, TrainConfig) else 1
-    problems = [*problems, *check(stage, config, Launch(ranks))]
+    problems = without_consequences([*problems, *check(stage, config, Launch(ranks))])
     require_none(problems, shown=len(problems))
     print(f"check: {name} is a valid config of {stage}, and its inputs are there")
     return 0
@@ -108,7 +109,8 @@ def load_preset(
     """The configs of a preset by stem, and the problems of their values.
 
     `overrides` are those of each stem. Any: instances of the classes in `PRESET_CONFIGS` and
-    `FURTHER_CONFIGS`. Configs whose values have wrong types are left out.
+    `FURTHER_CONFIGS`. Configs that cannot be read are left out; those with wrong values have others
+    in their place. The keys of these problems begin with the stem.
     """
     configs: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -118,42 +120,56 @@ def load_preset(
             config, found = load_leniently(cls, preset_config(preset, stem), own)
         except ConfigError as error:
             config, found = None, [Problem(str(error))]
-        problems += found
+        for problem in found:
+            if isinstance(problem, WrongValue):
+                problem = replace(problem, key=f"{stem}.{problem.key}")
+            problems.append(problem)
         if config is not None:
             configs[stem] = config
     return configs, problems
 
 
 def check_preset(
-    preset: str, workdir: Path | None = None, first: str | None = None, skip: Sequence[str] = ()
+    preset: str,
+    workdir: Path | None = None,
+    first: str | None = None,
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, Sequence[str]] | None = None,
 ) -> PresetReport:
     """All problems of the configs of a preset, of each alone and with each other.
 
     `workdir` is the folder in which the stages will run; None for that of a project, or the current
-    one for a packaged preset. `first` and `skip` are the values of --from and --skip.
+    one for a packaged preset. `first` and `skip` are the values of --from and --skip, `overrides`
+    those of each stem. A config with wrong values is checked with others in their place.
     """
     if workdir is None:
-        workdir = Path(".") if preset in packaged_presets() else Path(preset)
-    configs, problems = load_preset(preset)
-    complete = set(PRESET_CONFIGS) <= set(configs)
-    skipped = skipped_stages(configs, workdir, first, skip) if complete else {}
+        workdir = project_folder(preset)
+    configs, wrong = load_preset(preset, overrides)
+    skipped = skipped_stages(configs, workdir, first, skip)
     left = {stem: config for stem, config in configs.items() if stage_name(stem) not in skipped}
+    problems: list[Problem] = []
     with inside(workdir):
         for stem, config in left.items():
             if stem == "shards" and has_config(preset, "world"):
                 config = without_made_sources(config)
             if stem != "world":
                 found = check_stage(stem, config, inputs_exist=stem == "shards")
+                found = without_consequences(found, wrong_keys(wrong, stem))
                 problems += [Problem(f"{stem}: {each}") for each in found]
     problems += check_space(workdir)
-    if complete:
-        joined = with_all_columns(configs)
-        with inside(workdir):
-            problems += check_chain(joined)
-            problems += check_names(joined, left)
-        problems += check_further(configs, workdir, left)
-        problems += check_skipped(configs, workdir, skipped)
-    return PresetReport(configs, problems, skipped)
+    joined = with_all_columns(configs)
+    with inside(workdir):
+        problems += check_chain(joined)
+        problems += check_names(joined, left)
+    problems += check_further(configs, workdir, left)
+    problems += check_skipped(configs, workdir, skipped)
+    return PresetReport(configs, without_consequences([*wrong, *problems]), skipped)
+
+
+def wrong_keys(problems: Sequence[Problem], stem: str) -> list[str]:
+    """The keys of the config `stem` that have wrong values, without the stem."""
+    keys = [problem.key for problem in problems if isinstance(problem, WrongValue)]
+    return [key.removeprefix(f"{stem}.") for key in keys if key.startswith(f"{stem}.")]
 
 
 def stage_name(stem: str) -> str:
@@ -195,7 +211,12 @@ def check_start(stem: str, config: Any) -> list[Problem]:
 
 
 def with_all_columns(configs: dict[str, Any]) -> dict[str, Any]:
-    """The configs of a preset, with the columns of `features` and `latents` in `precompute`."""
+    """The configs of a preset, with the columns of `features` and `latents` in `precompute`.
+
+    Without `precompute` if one of them could not be read, since its columns are not known.
+    """
+    if not {"features", "precompute"} <= set(configs):
+        return {stem: config for stem, config in configs.items() if stem != "precompute"}
     precompute: PrecomputeConfig = configs["precompute"]
     columns = {**configs["features"].columns, **precompute.columns}
     if "latents" in configs:

@@ -27,13 +27,15 @@ TRUE = (WORLD / "true-heldout", WORLD / "true-seen")
 def check_further(
     configs: Mapping[str, Any], workdir: Path, left: Collection[str]
 ) -> list[Problem]:
-    """Whether the world and the latents fit the stages that use them. Any: configs by stem.
+    """Whether the world and the latents fit the stages that use them.
 
-    workdir: the folder in which the stages run. left: stems of the stages that are not skipped.
+    Any: configs by stem, as far as they could be read. workdir: the folder in which the stages run.
+    left: stems of the stages that are not skipped.
     """
     texts: list[str] = []
     if "world" in left:
-        texts += world_problems(configs["world"], configs["shards"])
+        if "shards" in configs:
+            texts += world_problems(configs["world"], configs["shards"])
         texts += earlier_world_problems(configs["world"], workdir)
     if "latents" in left:
         texts += latents_problems(configs)
@@ -109,9 +111,9 @@ def earlier_world_problems(world: WorldConfig, workdir: Path) -> list[str]:
 def latents_problems(configs: Mapping[str, Any]) -> list[str]:
     """Whether the columns of latents.yaml are those that stages read. Any: configs by stem."""
     latents: PrecomputeConfig = configs["latents"]
-    shards: ShardsJobConfig = configs["shards"]
+    shards: ShardsJobConfig | None = configs.get("shards")
     found = []
-    if latents.data != shards.data:
+    if shards is not None and latents.data != shards.data:
         found.append(f"latents.data = {latents.data}, but shards.data = {shards.data}; set alike")
     for name, column in latents.columns.items():
         key = f"latents.columns.{name}"
@@ -121,16 +123,19 @@ def latents_problems(configs: Mapping[str, Any]) -> list[str]:
                 "to precompute.yaml"
             )
         for stem in ("features", "precompute"):
-            other = configs[stem].columns.get(name)
+            other = configs[stem].columns.get(name) if stem in configs else None
             if other is not None and other != column:
                 keys = ", ".join(different_keys(column, other))
                 found.append(f"{key} and {stem}.columns.{name} differ in {keys}; set them alike")
     known = list(latents.columns)
-    for name in missing(configs["diffusion-main"].columns, known):
+    main = configs.get("diffusion-main")
+    for name in missing(main.columns if main is not None else (), known):
         found.append(
             f"diffusion-main reads the column {name}, but starts after latents, which does not "
             f"make it{nearest_name(name, known)}; add it to latents.yaml"
         )
+    if not {"features", "precompute", "lm"} <= set(configs):
+        return found
     later = [*configs["features"].columns, *configs["precompute"].columns]
     for name in missing(columns_read(configs["lm"], [*later, *known]), later):
         if name in known:

@@ -41,9 +41,9 @@ class Reference:
 def check_names(configs: Mapping[str, Any], left: Collection[str]) -> list[Problem]:
     """All names in the configs of a preset that neither the pipeline nor a folder has.
 
-    Paths are relative to the current folder. `configs`: by stem; `precompute` has the columns of
-    all precompute stages. left: stems of the stages that are not skipped. Any: instances of the
-    class of each stage.
+    Paths are relative to the current folder. `configs`: by stem, as far as they could be read;
+    `precompute` has the columns of all precompute stages. left: stems of the stages that are not
+    skipped. Any: instances of the class of each stage.
     """
     problems = []
     found = []
@@ -54,12 +54,14 @@ def check_names(configs: Mapping[str, Any], left: Collection[str]) -> list[Probl
         if not wrong:
             found.append(reference)
     problems += check_one_tokenizer(found)
+    if "precompute" not in configs:
+        return problems
     precompute: PrecomputeConfig = configs["precompute"]
     columns = known_columns(precompute)
     if {"features", "precompute"} & set(left):
         problems += check_caption_columns(precompute)
     for stem in TRAINERS:
-        if stem in left:
+        if stem in left and stem in configs:
             for problem in check_sources(configs[stem], precompute.data, columns):
                 problems.append(Problem(f"{stem}: {problem}"))
     return problems
@@ -70,15 +72,19 @@ def check_names(configs: Mapping[str, Any], left: Collection[str]) -> list[Probl
 
 def references(configs: Mapping[str, Any]) -> Iterator[Reference]:
     """The models that stages read from the zoo, except for those that trainers start from."""
-    precompute: PrecomputeConfig = configs["precompute"]
-    for name, column in precompute.columns.items():
-        if isinstance(column, TokensColumn):
-            key = f"precompute.columns.{name}.tokenizer"
-            yield Reference(key, precompute.zoo, column.tokenizer, "tokenizer")
+    if "precompute" in configs:
+        precompute: PrecomputeConfig = configs["precompute"]
+        for name, column in precompute.columns.items():
+            if isinstance(column, TokensColumn):
+                key = f"precompute.columns.{name}.tokenizer"
+                yield Reference(key, precompute.zoo, column.tokenizer, "tokenizer")
     for stem in ("lm", "diffusion-control"):
-        config = configs[stem]
-        yield Reference(f"{stem}.tokenizer", config.zoo, config.tokenizer, "tokenizer")
+        if stem in configs:
+            config = configs[stem]
+            yield Reference(f"{stem}.tokenizer", config.zoo, config.tokenizer, "tokenizer")
     for stem in ("evaluate", "sample"):
+        if stem not in configs:
+            continue
         config = configs[stem]
         for kind in ("lm", "tokenizer", "diffusion"):
             yield Reference(f"{stem}.{kind}", config.zoo, getattr(config, kind), kind)

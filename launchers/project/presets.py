@@ -47,6 +47,11 @@ def preset_config(preset: str, stem: str) -> str:
     return str(Path(preset).absolute() / f"{stem}.yaml")
 
 
+def project_folder(preset: str) -> Path:
+    """The folder in which the stages of a preset run: that of a project, or the current one."""
+    return Path(".") if preset in packaged_presets() else Path(preset)
+
+
 def has_config(preset: str, stem: str) -> bool:
     """Whether a preset, packaged or a folder, has the config `stem`."""
     name = preset_config(preset, stem)

@@ -49,7 +49,8 @@ def skipped_stages(
 ) -> dict[str, str]:
     """Stages that do not run, with the reason of each.
 
-    `configs`: those of the preset by stem. `first` and `skip` are the values of --from and --skip.
+    `configs`: those of the preset by stem, as far as they could be read. `first` and `skip` are the
+    values of --from and --skip.
     Raises ConfigError for a stage that does not exist.
     """
     for option, names in (("--from", [first] if first else []), ("--skip", skip)):
@@ -65,13 +66,16 @@ def skipped_stages(
     for name in skip:
         reasons.setdefault(name, f"--skip {name}")
     for name in KINDS:
+        if name not in configs:
+            continue
         entry = found_in_zoo(name, configs[name], workdir)
         if entry is not None:
             reasons.setdefault(name, f"the zoo has {entry}, a model of its sizes")
     if "the zoo has" in reasons.get("diffusion-control", ""):
         reasons.setdefault("diffusion-main", "only diffusion-control, which is skipped, needs it")
-    start = configs["diffusion-control"].init_from
-    if not starts_from_main(start):
+    control = configs.get("diffusion-control")
+    if control is not None and not starts_from_main(control.init_from):
+        start = control.init_from
         reasons.setdefault("diffusion-main", f"diffusion-control starts from {start} instead")
     return reasons
 
@@ -118,14 +122,15 @@ def check_skipped(
 ) -> list[Problem]:
     """Whether what skipped stages would have made is there for the stages that run."""
     problems = []
-    if "shards" in reasons:
+    if "shards" in reasons and "shards" in configs:
         columns: list[str] = []
         for stage, stem in (("features", "features"), ("columns", "precompute")):
-            if stage in reasons:
+            if stage in reasons and stem in configs:
                 columns += configs[stem].columns
         found = read_data(workdir / configs["shards"].data, columns)[1]
         problems += [Problem(f"shards is skipped, and {problem}") for problem in found]
-    from_main = starts_from_main(configs["diffusion-control"].init_from)
+    control = configs.get("diffusion-control")
+    from_main = control is not None and starts_from_main(control.init_from)
     readers: dict[str, tuple[str, ...]] = {
         "tokenizer": ("columns", "lm", "diffusion-control", "evaluate", "sample"),
         "lm": ("evaluate", "sample"),
@@ -139,6 +144,6 @@ def check_skipped(
         key = f"{stage} is skipped, and its model"
         entry, found = find_entry(key, workdir / "zoo", name, KINDS[stage])
         problems += found
-        if entry is not None:
+        if entry is not None and stage in configs:
             problems += different_fields(f"{stage}.model", model_of(stage, configs[stage]), entry)
     return problems

@@ -8,10 +8,15 @@ from dataclasses import replace
 from landiff.configs import ConfigError
 from landiff.configs.problems import Problem, require_none
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.project.chain import check_chain
-from landiff.launchers.project.check import load_preset, stage_name, with_all_columns
+from landiff.launchers.project.check import (
+    check_preset,
+    load_preset,
+    stage_name,
+    with_all_columns,
+)
 from landiff.launchers.project.names import check_names, columns_read
-from landiff.launchers.project.presets import PRESET_CONFIGS, require_preset
+from landiff.launchers.project.presets import require_preset
+from landiff.launchers.project.rules import check_chain
 from landiff.launchers.project.selection import check_skipped, names_to_skip, skipped_stages
 from landiff.launchers.slurm.stage_jobs import SubmitContext, SubmitPlan, plan_process, plan_stage
 from landiff.training.config import TrainConfig
@@ -31,7 +36,7 @@ def plan_pipeline(
 
     An override has the form `STAGE.KEY=VALUE`, e.g. `lm.loop.steps=100`, with the name of the job
     of the stage. `first` and `skip` are the values of --from and --skip. Prints the stages that
-    need not run.
+    need not run. Raises ConfigError with all mistakes of the preset if a config has a wrong value.
     """
     from landiff.launchers.pipeline import pipeline_stages
 
@@ -41,8 +46,9 @@ def plan_pipeline(
     own_overrides = group_overrides(overrides, names.values())
     own_by_stem = {**own_overrides, "precompute": own_overrides["columns"]}
     configs, wrong = load_preset(preset, own_by_stem)
-    if not set(PRESET_CONFIGS) <= set(configs):
-        require_none(wrong)
+    if wrong:  # no job can be planned, so all mistakes are reported here
+        report = check_preset(preset, context.workdir, first, skip, own_by_stem)
+        require_none(report.problems)
     reasons = skipped_stages(configs, context.workdir, first, skip)
     for name, reason in reasons.items():
         print(f"# {name} is skipped: {reason}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from landiff.configs import Config, ConfigError
 from landiff.configs.problems import Problem
 from landiff.configs.secrets import redact
+from landiff.configs.wrong_values import without_consequences
 from landiff.data_pipeline.precompute.config import PrecomputeConfig, TextColumn, column_groups
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import load_checked, load_with_problems
@@ -138,7 +139,7 @@ def plan_training(args: argparse.Namespace, context: SubmitContext, name: str | 
         processes = default_processes(config)
         resources = resources.model_copy(update={"tasks_per_node": processes})
     launch = context.launch(resources.nodes * resources.tasks)
-    problems += trainer.check(config, launch)
+    problems = without_consequences([*problems, *trainer.check(config, launch)])
     run = context.workdir / config.run
     job = BatchJob(
         name=name or run.name,

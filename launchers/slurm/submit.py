@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from landiff.configs import ConfigError, dump, load
 from landiff.configs.problems import Problem, problems_of, require_none
 from landiff.configs.secrets import redact
+from landiff.launchers.project.presets import packaged_presets, require_preset
 from landiff.launchers.run.job_folder import CONFIG, SCRIPT
 from landiff.launchers.slurm.client import Slurm
 from landiff.launchers.slurm.cluster_config import TRAINERS, ClusterConfig
@@ -26,10 +29,30 @@ from landiff.launchers.slurm.stage_jobs import SubmitContext, SubmitPlan, comman
 def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = None) -> int:
     """Submit jobs, or run them here. Returns 0 if all are queued, or have succeeded here.
 
+    The jobs of a project run in its folder, all others in the current one.
     Raises ConfigError with all problems of the jobs, before anything is written.
     """
     cluster = load(ClusterConfig, cluster_source(args.cluster))
     check_job_ids(args.after or (), "--after")
+    if args.stage != "pipeline" or args.preset in packaged_presets():
+        return submit_here(args, argv, cluster, slurm)
+    require_preset(args.preset)
+    folder = Path(args.preset).absolute()
+    with contextlib.chdir(folder):  # as `landiff quickstart` does for a project
+        code = submit_here(
+            argparse.Namespace(**{**vars(args), "preset": str(folder)}), argv, cluster, slurm
+        )
+    if not args.dry_run and folder != Path.cwd():
+        print(
+            f"submit: the jobs run in {folder}; next  landiff -C {shlex.quote(args.preset)} status"
+        )
+    return code
+
+
+def submit_here(
+    args: argparse.Namespace, argv: Sequence[str], cluster: ClusterConfig, slurm: Slurm | None
+) -> int:
+    """`submit` in the current folder, in which the jobs resolve relative paths."""
     plans, problems = plan_jobs(args, argv, cluster)
     problems += problems_of_plans(plans)
     if args.here and cluster.scheduler == "slurm" and not args.dry_run:
