@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from landiff.configs.base import ConfigError
 
 SHOWN_PROBLEMS = 20  # at most, in one message
 MAX_LISTED_NAMES = 25  # known names are listed in a message if there are fewer
+MOST_NAMES = 10_000  # of a folder, among which the nearest to a mistyped one is looked up
 LONGEST_NAME = 255  # bytes of one part of a path, on all common file systems
 
 
@@ -97,3 +99,30 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
     if known and len(known) < MAX_LISTED_NAMES:
         return f"; known here: {', '.join(sorted(known))}"
     return ""
+
+
+def nearest_path(path: Path, *, only_folders: bool = False) -> str:
+    """End of a message about a path that does not exist: the nearest one that does, or ""."""
+    place = path
+    rest: list[str] = []
+    while not place.is_dir():
+        if place == place.parent:
+            return ""
+        rest.insert(0, place.name)
+        place = place.parent
+    if not rest:
+        return ""
+    try:
+        with os.scandir(place) as entries:
+            names = []
+            for entry in itertools.islice(entries, MOST_NAMES):
+                is_hidden = entry.name.startswith(".") and not rest[0].startswith(".")
+                if not is_hidden and (entry.is_dir() or not only_folders):
+                    names.append(entry.name)
+    except OSError:
+        return ""
+    for name in difflib.get_close_matches(rest[0], names, n=1, cutoff=0.6):
+        found = place / name
+        below = found.joinpath(*rest[1:])
+        return f"; did you mean {str(below if below.exists() else found)!r}?"
+    return f"; the nearest folder that exists is {str(place)!r}" if place.name else ""

@@ -7,14 +7,22 @@ submit`. Checks of trainers are beside their configs (training/<trainer>/checks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from landiff.configs import Config
 from landiff.configs.loader import load_leniently, nearest_name
-from landiff.configs.problems import Problem, check_writable, require_none
+from landiff.configs.problems import (
+    Problem,
+    check_writable,
+    nearest_path,
+    problems_of,
+    require_none,
+)
 from landiff.configs.wrong_values import without_consequences
 from landiff.data_pipeline.format.schema import column_stem
+from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.precompute.config import (
     CaptionFileConfig,
     DuplicateScore,
@@ -90,15 +98,8 @@ def load_with_problems(
 def check_shards(config: ShardsJobConfig, launch: Launch) -> list[Problem]:
     """Problems of `landiff shards`: output folder, source, optional packages."""
     problems = check_writable("data", config.data)
-    for source in config.sources:
-        is_path = ".tar" not in source and source != "packaged"
-        if launch.inputs_exist and is_path and not Path(source).exists():
-            problems.append(
-                Problem(
-                    f"source = {source!r} does not exist; give a folder, a .csv, a .jsonl, a "
-                    '.tar, or "packaged"'
-                )
-            )
+    for source in config.sources if launch.inputs_exist else ():
+        problems += problems_of(partial(check_source, config.content, source))
     if config.shots is not None:
         # Imported here, because it imports OpenCV.
         from landiff.data_pipeline.ingest.shots import EXTRAS, PACKAGES
@@ -112,6 +113,14 @@ def check_shards(config: ShardsJobConfig, launch: Launch) -> list[Problem]:
             "rapidocr_onnxruntime", "filters.text_area_max", config.filters.text_area_max, way_out
         )
     return problems
+
+
+def check_source(config: ShardsConfig, source: str) -> None:
+    """Raises ConfigError if a source is missing, holds no videos, or is a table without columns."""
+    # Imported here, because it loads PyAV.
+    from landiff.data_pipeline.ingest.sources.listing import list_source
+
+    list_source(config.model_copy(update={"source": source}))
 
 
 # -------------------------------------------------------------------- precompute
@@ -156,15 +165,17 @@ def _check_score(key: str, column: ScoreColumn) -> list[Problem]:
         return []
     problems = check_encoder(f"{key}.encoder", head.encoder)
     if not head.path.is_file():
+        meant = nearest_path(head.path)
         text = "does not exist; name a safetensors file with the layers of the head"
-        problems.append(Problem(f"{key}.path = {head.path} {text}"))
+        problems.append(Problem(f"{key}.path = {head.path} {text}{meant}"))
     return problems
 
 
 def _check_caption_file(key: str, path: Path) -> list[Problem]:
     """Whether the file of captions exists, and parquet can be read."""
     if not path.is_file():
-        return [Problem(f"{key} = {path} does not exist; name a JSONL or parquet file of captions")]
+        text = f"does not exist; name a JSONL or parquet file of captions{nearest_path(path)}"
+        return [Problem(f"{key} = {path} {text}")]
     if path.suffix != ".parquet":
         return []
     way_out = "pip install 'landiff-pretrain[parquet]', or write the captions as JSONL"

@@ -11,6 +11,7 @@ from landiff.configs import Config, ConfigError, dump
 from landiff.configs.problems import Problem, WrongValue, require_none
 from landiff.configs.secrets import redact
 from landiff.launchers.checks import load_checked
+from landiff.launchers.project.space import check_job_space
 from landiff.training.checks import Launch
 
 C = TypeVar("C", bound=Config)
@@ -40,7 +41,7 @@ def load_for_job(
     )
     if args.dry_run:
         print_dry_run(config, describe(config), found)
-    require_none([*problems, *found])
+    require_none([*problems, *found, *check_job_space(config)])
     return None if args.dry_run else config
 
 

@@ -14,6 +14,7 @@ Importing this module does not import torch, so that references can be checked b
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -308,7 +309,12 @@ def read_entry(path: Path) -> ZooEntry:
     try:
         card = read_json_as(EntryCard, path / "config.json")
         config = validate(KINDS[card.kind], card.config, str(path / "config.json"))
-    except (OSError, KeyError, ConfigError) as error:
+    except OSError as error:
+        raise ZooError(
+            f"{path} is not a zoo entry: its config.json cannot be read "
+            f"({error.strerror or error}); name the folder of an entry, ZOO/NAME/FINGERPRINT"
+        ) from None
+    except (KeyError, ConfigError) as error:
         raise ZooError(f"{path} is not a zoo entry: {error}") from None
     return ZooEntry(path, card.name, card.kind, card.fingerprint, config, card.config)
 
@@ -344,7 +350,7 @@ def resolve(zoo: Path, reference: str, kind: str | Sequence[str] | None = None) 
     the existing ones.
     """
     if "/" in reference:
-        entry = read_entry(Path(reference))
+        entry = read_entry(_entry_path(zoo, reference))
     else:
         entry = read_entry(_entry_folder(zoo, reference))
     kinds = [kind] if isinstance(kind, str) else kind
@@ -354,27 +360,60 @@ def resolve(zoo: Path, reference: str, kind: str | Sequence[str] | None = None) 
     return entry
 
 
+def _entry_path(zoo: Path, reference: str) -> Path:
+    """The folder that a reference with a slash names. Raises ZooError if it cannot be an entry."""
+    path = Path(reference).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        raise ZooError(
+            f"{reference!r} is a run folder; export its weights with `landiff convert {reference} "
+            "--name NAME`, and name that entry"
+        )
+    if (path / "newest").is_file():
+        raise ZooError(
+            f"{reference!r} holds the entries of one name; write {path.name!r} with the zoo "
+            f"{str(path.parent)!r}, or add a fingerprint: {', '.join(_fingerprints(path))}"
+        )
+    problem = "is not the folder of a zoo entry" if path.exists() else "does not exist"
+    raise ZooError(
+        f"{reference!r} {problem}; name an entry of the zoo {zoo}, or the folder of an entry. The "
+        f"zoo has: {_known(zoo, path.name)}"
+    )
+
+
+def _known(zoo: Path, name: str) -> str:
+    """End of a message about a wrong name: the names in the zoo, and the nearest of them."""
+    folder = folder_of(zoo)
+    names: list[str] = []
+    if folder.is_dir():
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{', '.join(names) or 'nothing yet'}{meant}"
+
+
+def _fingerprints(folder: Path) -> list[str]:
+    """Fingerprints of the committed entries of one name."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            found.append(path.name)
+    return found
+
+
 def _entry_folder(zoo: Path, reference: str) -> Path:
     """Folder of the entry that `name` or `name@prefix` refers to."""
     name, _, prefix = reference.partition("@")
-    zoo = folder_of(zoo)
-    folder = zoo / name
+    folder = folder_of(zoo) / name
     if not folder.is_dir():
-        names: list[str] = []
-        if zoo.is_dir():
-            names = sorted(path.name for path in zoo.iterdir() if path.is_dir())
-        raise ZooError(
-            f"the zoo {zoo} has no {name!r}; it has: {', '.join(names) or 'nothing yet'}"
-        )
+        raise ZooError(f"the zoo {folder.parent} has no {name!r}; it has: {_known(zoo, name)}")
     if not prefix:
         try:
             prefix = read_text(folder / "newest", MAX_NAME_BYTES).strip()
         except FileNotFoundError:
             raise ZooError(f"{folder} holds no committed entry; export again") from None
-    fingerprints = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            fingerprints.append(path.name)
+    fingerprints = _fingerprints(folder)
     matching = [fingerprint for fingerprint in fingerprints if fingerprint.startswith(prefix)]
     if len(matching) != 1:
         raise ZooError(

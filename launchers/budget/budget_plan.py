@@ -1,11 +1,18 @@
-"""Memory, FLOPs and traffic of a training config on a number of GPUs."""
+"""Memory, FLOPs and traffic of a training config on GPUs, and the disk of its checkpoints.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from landiff.training.config import EmaConfig
+from landiff.launchers.stages import AnyTrainConfig
+from landiff.training.config import EmaConfig, LoopConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 GIB = 1 << 30
 NODE = 8  # GPUs of a node, which share fast links
@@ -65,3 +72,51 @@ def layout_text(layout: str, micro_batches: int, micro_batch_size: int, recomput
     if recompute:
         text += ", recompute"
     return text
+
+
+@dataclass(frozen=True)
+class CheckpointSize:
+    """Bytes of checkpoints on disk.
+
+    own: of each one alone. shared: of the file of frozen weights, of which all checkpoints that a
+    process writes hold hard links.
+    """
+
+    own: int
+    shared: int = 0
+
+    def of(self, count: int) -> int:
+        """Bytes of `count` checkpoints in a run folder."""
+        return count * self.own + min(count, 1) * self.shared
+
+
+def checkpoint_bytes(config: AnyTrainConfig, weights: int, trained: int) -> CheckpointSize:
+    """Size of a checkpoint: all weights, and of the trained ones moments, averages and copies.
+
+    weights, trained: numbers of all weights and of those that are trained.
+    """
+    each = 8  # Adam's moments
+    element = 4
+    if not isinstance(config, TokenizerTrainConfig):
+        element = element_bytes(config.precision)
+        if config.precision == "bf16" or isinstance(config, DiffusionTrainConfig):
+            each += 4  # float32 weights
+        elif config.parallel.distributed_optimizer:
+            each += 4
+    if config.ema is not None:
+        each += 4
+    if isinstance(config, DiffusionTrainConfig):
+        # ZeRO 3 does not store the working copy of trained weights.
+        each += 0 if config.zero.stage == 3 else element
+        return CheckpointSize(trained * each, (weights - trained) * element)
+    if isinstance(config, LMTrainConfig):
+        trained *= config.parallel.pipeline if config.lora is not None else 1
+    return CheckpointSize(weights * element + trained * each)
+
+
+def kept_checkpoints(loop: LoopConfig, steps: int) -> int:
+    """Checkpoints that a run of `steps` steps leaves."""
+    kept = min(loop.keep_last, -(-steps // loop.save_every))
+    if loop.keep_every:
+        kept += max(0, steps - loop.keep_last * loop.save_every) // loop.keep_every
+    return kept

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from landiff.configs.durations import size
-from landiff.launchers.budget.budget_plan import GIB, BudgetPlan, element_bytes
+from landiff.launchers.budget.budget_plan import (
+    GIB,
+    BudgetPlan,
+    CheckpointSize,
+    checkpoint_bytes,
+    kept_checkpoints,
+)
 from landiff.launchers.budget.courses import plan_courses
 from landiff.launchers.budget.precompute import ENCODER_MFU, clip_cost
 from landiff.launchers.budget.step_time import Gpu, Speed, fits
 from landiff.launchers.stages import AnyTrainConfig
 from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.training.config import LoopConfig
-from landiff.training.diffusion.config import DiffusionTrainConfig
-from landiff.training.lm.config import LMTrainConfig
-from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 ORDER = (("tokenizer",), ("lm",), ("diffusion-main", "diffusion-control"))
 """Trainers; the tokenizer is first, the other two lists run at the same time."""
@@ -144,51 +147,10 @@ def format_total(
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class CheckpointSize:
-    """Bytes of checkpoints on disk.
-
-    own: of each one alone. shared: of the file of frozen weights, of which all checkpoints that a
-    process writes hold hard links.
-    """
-
-    own: int
-    shared: int = 0
-
-    def of(self, count: int) -> int:
-        """Bytes of `count` checkpoints in a run folder."""
-        return count * self.own + min(count, 1) * self.shared
-
-
 def checkpoint_size(config: AnyTrainConfig, plan: BudgetPlan) -> CheckpointSize:
-    """Size of a checkpoint: all weights, and of the trained ones moments, averages and copies."""
+    """Size of a checkpoint of a planned training."""
     weights = plan.parameters["all"]
-    trained = plan.parameters.get("trained", weights)
-    each = 8  # Adam's moments
-    element = 4
-    if not isinstance(config, TokenizerTrainConfig):
-        element = element_bytes(config.precision)
-        if config.precision == "bf16" or isinstance(config, DiffusionTrainConfig):
-            each += 4  # float32 weights
-        elif config.parallel.distributed_optimizer:
-            each += 4
-    if config.ema is not None:
-        each += 4
-    if isinstance(config, DiffusionTrainConfig):
-        # ZeRO 3 does not store the working copy of trained weights.
-        each += 0 if config.zero.stage == 3 else element
-        return CheckpointSize(trained * each, (weights - trained) * element)
-    if isinstance(config, LMTrainConfig):
-        trained *= config.parallel.pipeline if config.lora is not None else 1
-    return CheckpointSize(weights * element + trained * each)
-
-
-def kept_checkpoints(loop: LoopConfig, steps: int) -> int:
-    """Checkpoints that a run of `steps` steps leaves."""
-    kept = min(loop.keep_last, -(-steps // loop.save_every))
-    if loop.keep_every:
-        kept += max(0, steps - loop.keep_last * loop.save_every) // loop.keep_every
-    return kept
+    return checkpoint_bytes(config, weights, plan.parameters.get("trained", weights))
 
 
 def format_disk(size: CheckpointSize, loop: LoopConfig, steps: int) -> str:

@@ -32,6 +32,7 @@ from landiff.launchers.checks import load_with_problems
 from landiff.launchers.commands import JobFailed, print_dry_run
 from landiff.launchers.local.children import environment, share_cores, stop_signals
 from landiff.launchers.local.gpus import check_processes, default_processes, visible_gpus
+from landiff.launchers.project.space import check_job_space
 from landiff.launchers.run.job_folder import JOB_FOLDER, LAST_ERROR, STOPPED
 from landiff.launchers.run.records import remove_markers, write_record
 from landiff.launchers.slurm.stage_jobs import command_line
@@ -59,7 +60,7 @@ def train_command(args: argparse.Namespace) -> int:
     processes = default_processes(config) if args.nproc is None else args.nproc
     problems += check_processes(processes, visible_gpus())
     problems += trainer.check(config, Launch(max(1, processes)))
-    problems = without_consequences(problems)
+    problems = without_consequences([*problems, *check_job_space(config)])
     if args.dry_run:
         print_dry_run(config, f"would train in {config.run} on {processes} process(es)", problems)
     require_none(problems)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from landiff.configs import ConfigError
 from landiff.configs.durations import size
 from landiff.configs.loader import load_leniently
-from landiff.configs.problems import Problem, WrongValue, require_none
+from landiff.configs.problems import Problem, WrongValue, nearest_path, require_none
 from landiff.configs.wrong_values import without_consequences
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check, load_with_problems
@@ -30,8 +31,15 @@ from landiff.launchers.project.presets import (
 )
 from landiff.launchers.project.rules import check_chain
 from landiff.launchers.project.selection import check_skipped, skipped_stages
+from landiff.launchers.project.space import (
+    check_least_space,
+    check_preset_space,
+    free_bytes,
+    preset_uses,
+)
 from landiff.launchers.show_config import class_names_of
 from landiff.launchers.stages import STAGE_CONFIGS
+from landiff.model_zoo.frozen.checks import ENCODERS, must_download
 from landiff.training.checks import Launch, find_entry
 from landiff.training.config import TrainConfig
 
@@ -42,7 +50,6 @@ STAGE_OF = {
     "diffusion-control": "diffusion",
 }
 """Config of a preset -> the stage whose checks it has, where the names differ."""
-LEAST_FREE = 1 << 30  # bytes; the quickstart writes about half of that
 START_KINDS = {"tokenizer": ("tokenizer",), "lm": ("lm",)}
 
 
@@ -68,11 +75,56 @@ def check_command(args: argparse.Namespace) -> int:
     require_none(report.problems, shown=len(report.problems))
     clips = [shape.name for shape in report.configs["shards"].shapes]
     workdir = project_folder(args.preset)
-    print(f"check: {size(shutil.disk_usage(workdir).free)} of free space in {workdir.absolute()}")
+    print_space(report.configs, workdir)
+    with inside(workdir):
+        notes = downloads(report.configs)
+    for note in notes:
+        print(f"check: {note}")
     print(f"check: {len(report.configs)} configs of {args.preset} fit each other")
     print(f"check: clips {', '.join(clips)} (frames x height x width)")
     print(f"check: next  landiff quickstart --preset {args.preset}")
     return 0
+
+
+def print_space(configs: Mapping[str, Any], workdir: Path) -> None:
+    """Prints the free space of a folder, and what a pipeline in it needs. Any: configs by stem."""
+    with inside(workdir):
+        needed = sum(use.bytes for use in preset_uses(configs, configs))
+        free = free_bytes(Path("."))
+    print(
+        f"check: {size(free)} of free space in {workdir.absolute()}, and at least {size(needed)} "
+        "are needed"
+    )
+
+
+def downloads(configs: Mapping[str, Any]) -> list[str]:
+    """Notes on encoders whose files are not on this machine. Any: configs by stem."""
+    users: dict[str, list[str]] = {}
+    for stem, config in configs.items():
+        for key, encoder in encoders_of(stem, config):
+            hub_id = must_download(encoder)
+            if hub_id is not None:
+                users.setdefault(hub_id, []).append(key)
+    notes = []
+    for hub_id, keys in users.items():
+        others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        notes.append(
+            f"{keys[0]}.path{others} = {hub_id} will be downloaded from the hub, since neither a "
+            f"folder nor the hub cache has it{nearest_path(Path(hub_id), only_folders=True)}"
+        )
+    return notes
+
+
+def encoders_of(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Key and config of each frozen encoder in a config. Any: a config, or a value of one."""
+    if isinstance(value, ENCODERS):
+        yield key, value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from encoders_of(f"{key}.{name}", getattr(value, name))
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from encoders_of(f"{key}.{name}", each)
 
 
 def check_config(name: str, overrides: Sequence[str]) -> int:
@@ -85,22 +137,10 @@ def check_config(name: str, overrides: Sequence[str]) -> int:
     ranks = default_processes(config) if isinstance(config, TrainConfig) else 1
     problems = without_consequences([*problems, *check(stage, config, Launch(ranks))])
     require_none(problems, shown=len(problems))
+    for note in downloads({stage: config}):
+        print(f"check: {note}")
     print(f"check: {name} is a valid config of {stage}, and its inputs are there")
     return 0
-
-
-def check_space(workdir: Path) -> list[Problem]:
-    """A problem if the file system of `workdir` is all but full."""
-    with inside(workdir):
-        free = shutil.disk_usage(".").free
-    if free >= LEAST_FREE:
-        return []
-    return [
-        Problem(
-            f"{workdir.absolute()} has {size(free)} of free space, and even the smallest pipeline "
-            f"needs {size(LEAST_FREE)}; free some, or choose another folder with --out"
-        )
-    ]
 
 
 def load_preset(
@@ -156,11 +196,11 @@ def check_preset(
                 found = check_stage(stem, config, inputs_exist=stem == "shards")
                 found = without_consequences(found, wrong_keys(wrong, stem))
                 problems += [Problem(f"{stem}: {each}") for each in found]
-    problems += check_space(workdir)
     joined = with_all_columns(configs)
     with inside(workdir):
         problems += check_chain(joined)
         problems += check_names(joined, left)
+        problems += check_preset_space(configs, left) or check_least_space(Path("."))
     problems += check_further(configs, workdir, left)
     problems += check_skipped(configs, workdir, skipped)
     return PresetReport(configs, without_consequences([*wrong, *problems]), skipped)

@@ -18,6 +18,7 @@ from landiff.launchers.project.names import check_names, columns_read
 from landiff.launchers.project.presets import require_preset
 from landiff.launchers.project.rules import check_chain
 from landiff.launchers.project.selection import check_skipped, names_to_skip, skipped_stages
+from landiff.launchers.project.space import check_preset_space
 from landiff.launchers.slurm.stage_jobs import SubmitContext, SubmitPlan, plan_process, plan_stage
 from landiff.training.config import TrainConfig
 
@@ -80,13 +81,13 @@ def plan_pipeline(
     if not plans:
         raise ConfigError("all stages are skipped, so nothing is left to submit")
     joined = with_all_columns(configs)
+    left = [stem for stem in configs if stage_name(stem) not in reasons]
     problems = check_chain(joined)
     if context.inputs_exist:
         problems += check_skipped(configs, context.workdir, reasons)
+        problems += check_preset_space(configs, left)
     if context.launch().inputs_exist:
-        problems += check_names(
-            joined, [stem for stem in configs if stage_name(stem) not in reasons]
-        )
+        problems += check_names(joined, left)
     return plans, problems
 
 

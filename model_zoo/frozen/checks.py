@@ -6,12 +6,12 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import DocumentError
 from landiff.configs.files import is_lfs_pointer
-from landiff.configs.problems import Problem
+from landiff.configs.problems import Problem, nearest_path
 from landiff.configs.safetensors_header import read_header
 from landiff.model_zoo.frozen import config as configs
 
@@ -44,10 +44,14 @@ WIDTH_KEYS = {
 }
 """Kind of encoder -> key of its width in config.json."""
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 # Encoders without a `path`, and encoders with one.
 _PackagedConfig = configs.EfficientNetConfig | configs.MiniLMConfig | configs.DctConfig
 _T5Config = configs.FlanT5Config | configs.T5V11Config
 _PathConfig = configs.TheiaConfig | configs.CogVideoXVaeConfig | _T5Config | configs.VlmConfig
+ENCODERS = (*get_args(_PackagedConfig), configs.PcaConfig, *get_args(_PathConfig))
+"""Classes of the configs of all frozen encoders."""
 
 
 def package_folder(package: str, distribution: str) -> Path:
@@ -75,17 +79,49 @@ def package_folders(kind: str) -> list[Path]:
 def local_or_hub(kind: str, path: str) -> Path | str:
     """`path` as a local Path if something exists there, otherwise as a hub id.
 
-    Raises ConfigError if it can be neither.
+    A path that is absolute or begins with ./, ../ or ~, has several slashes, or names a folder that
+    exists before its only slash is no hub id, unless the hub cache has it. Raises ConfigError if
+    `path` can be neither.
     """
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        raise ConfigError(
-            f"{kind}: path = {path!r} does not exist; set path to a local folder or to a hub id "
-            "such as owner/name"
-        )
-    return path
+    is_hub_id = HUB_ID.fullmatch(path) and not path.startswith(".")
+    if is_hub_id and (not local.parent.is_dir() or cached_repository(path) is not None):
+        return path
+    raise ConfigError(
+        f"{kind}: path = {path!r} does not exist{nearest_path(local, only_folders=True)}; set path "
+        "to a local folder or to a hub id such as owner/name"
+    )
+
+
+def cached_repository(hub_id: str) -> Path | None:
+    """Folder of a repository's newest files in the hub cache, None if it is not there."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    found = folder / "snapshots" / commit
+    return found if commit and found.is_dir() else None
+
+
+def must_download(config: configs.FrozenConfig | configs.VlmConfig) -> str | None:
+    """The hub id of an encoder whose files are not in the hub cache, None for all others."""
+    if isinstance(config, _PackagedConfig | configs.PcaConfig):
+        return None
+    try:
+        place = local_or_hub(config.kind, config.path)
+    except ConfigError:
+        return None
+    if isinstance(place, Path):
+        return None
+    cached = cached_repository(place)
+    if cached is not None and not _missing_files(cached, config):
+        return None
+    return place
 
 
 def width_of(config: configs.FrozenConfig) -> int | None:
@@ -98,6 +134,8 @@ def width_of(config: configs.FrozenConfig) -> int | None:
     if isinstance(config, _PackagedConfig):
         return FIXED_WIDTHS[config.kind]
     folder = Path(config.path).expanduser()
+    if not folder.exists() and HUB_ID.fullmatch(config.path):
+        folder = cached_repository(config.path) or folder
     if not isinstance(config, configs.TheiaConfig):
         folder = folder / config.subfolder
     width = _json(folder / "config.json").get(WIDTH_KEYS[config.kind])
@@ -109,7 +147,7 @@ def width_of(config: configs.FrozenConfig) -> int | None:
 def check_encoder(key: str, config: configs.FrozenConfig | configs.VlmConfig) -> list[Problem]:
     """Problems with the files of the encoder whose config has the key `key`.
 
-    Of hub ids only the form is checked.
+    Of a hub id that is not in the hub cache only the form is checked, unless HF_HUB_OFFLINE is set.
     """
     try:
         package_folders(config.kind)
@@ -119,11 +157,29 @@ def check_encoder(key: str, config: configs.FrozenConfig | configs.VlmConfig) ->
             return _check_pca(key, config)
         place = local_or_hub(config.kind, config.path)
     except ConfigError as error:
-        return [Problem(f"{key}: {error}")]
+        text = str(error)
+        own = text.removeprefix(f"{config.kind}: ")
+        return [Problem(f"{key}.{own}" if own != text else f"{key}: {text}")]
     if isinstance(place, str):
-        return []
+        return _check_hub_id(f"{key}.path = {place}", config)
     texts = _missing_files(place, config)
     return [Problem(f"{key}.path = {config.path}: {text}") for text in texts]
+
+
+def _check_hub_id(where: str, config: _PathConfig) -> list[Problem]:
+    """A problem if the hub cache lacks files of an encoder, and nothing can be downloaded."""
+    from huggingface_hub import constants
+
+    hub_id = must_download(config)
+    if hub_id is None or not constants.HF_HUB_OFFLINE:
+        return []
+    return [
+        Problem(
+            f"{where} is a hub id, the cache {constants.HF_HUB_CACHE} does not have all of its "
+            "files, and HF_HUB_OFFLINE is set; download it where there is a network, or set path "
+            f"to a local folder{nearest_path(Path(hub_id), only_folders=True)}"
+        )
+    ]
 
 
 def pca_weights(config: configs.PcaConfig) -> Path:

@@ -8,10 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import constants
 
+from landiff.configs import load
+from landiff.launchers.budget.meta import (
+    count_parameters,
+    diffusion_on_meta,
+    lm_on_meta,
+    tokenizer_on_meta,
+)
 from landiff.launchers.cli import main
+from landiff.launchers.project import space
 from landiff.launchers.project.check import check_preset
 from landiff.launchers.project.new import write_project
+from landiff.launchers.project.weight_counts import (
+    diffusion_weights,
+    lm_weights,
+    tokenizer_weights,
+)
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import ModelConfig
+from landiff.training.lm.config import LMTrainConfig
 
 CHAIN_MISTAKE = "sample.fps = 24, but the models are trained on clips of shards.fps = 8"
 
@@ -166,11 +184,192 @@ def test_a_project_is_run_in_its_folder_by_all_commands(tmp_path, monkeypatch, c
         assert main(command) == 2
         assert "source = 'videos' does not exist" in capsys.readouterr().err
     shutil.move(tmp_path / "videos", project / "videos")
+    (project / "videos" / "a.mp4").touch()
     for command in commands:
         assert main(command) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "cd project\n" in out and f"{project}/runs/lm" in out
     (project / "data").mkdir()
-    manifest = {"num_samples": 0, "shards": []}
+    shard = {"name": "000000", "samples": 321, "bytes": 1, "sha256": "0"}
+    manifest = {"format": 1, "fingerprint": "0", "config": {}, "shards": [shard]}
     (project / "data" / "manifest.json").write_text(json.dumps(manifest))
-    assert main(["plan", "all", *preset]) == 0
+    assert main(["plan", "all", *preset, "--gpus", "2"]) == 0
+    assert "321 clips" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------- paths of encoders
+
+
+ENCODER_PATHS = {
+    "models/nowhere": "did you mean 'models/nowhrre'?",
+    "./encoders/t5": "codec.path = './encoders/t5' does not exist",
+    "../encoders/t5": "codec.path = '../encoders/t5' does not exist",
+    "/srv/encoders/t5": "codec.path = '/srv/encoders/t5' does not exist",
+    "~/encoders/t5": "codec.path = '~/encoders/t5' does not exist",
+    "weights/owner/name": "codec.path = 'weights/owner/name' does not exist",
+    "nowhere": "codec.path = 'nowhere' does not exist",
+    "models/nowhrre": "models/nowhrre holds no *.safetensors or *.bin",
+}
+
+
+@pytest.mark.parametrize("path", ENCODER_PATHS)
+def test_a_mistyped_path_of_an_encoder_is_no_hub_id(tmp_path, monkeypatch, path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    project = tmp_path / "project"
+    write_project(project, "nano", source="packaged")
+    (project / "models" / "nowhrre").mkdir(parents=True)
+    write_lines(project, {"sample": f"codec: {{kind: cogvideox-vae, path: {path}}}"})
+    found = problems_of(project)
+    assert f"sample: codec.path = {path}: " in found or ENCODER_PATHS[path] in found
+    assert ENCODER_PATHS[path] in found
+
+
+def write_cached(cache: Path, files: list[str]) -> None:
+    """A repository owner/vae of the hub cache."""
+    repository = cache / "models--owner--vae"
+    folder = repository / "snapshots" / "abc"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_id_is_downloaded_unless_it_is_cached(tmp_path, monkeypatch, capsys, offline):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    project = tmp_path / "project"
+    write_project(project, "nano", source="packaged")
+    for stem, key in {
+        "precompute": "columns: {latents: {encoder: {kind: cogvideox-vae, path: owner/vae}}}",
+        "sample": "codec: {kind: cogvideox-vae, path: owner/vae}",
+        "diffusion-main": "preview_codec: {kind: cogvideox-vae, path: owner/vae}",
+        "diffusion-control": "preview_codec: {kind: cogvideox-vae, path: owner/vae}",
+    }.items():
+        write_lines(project, {stem: key})
+    (project / "vae").mkdir()
+    command = ["check", "--preset", str(project)]
+    code = main(command)
+    captured = capsys.readouterr()
+    if offline:
+        assert code == 2
+        assert "codec.path = owner/vae is a hub id, the cache" in captured.err
+        assert "HF_HUB_OFFLINE is set" in captured.err
+    else:
+        assert code == 0, captured.err
+        assert (
+            "precompute.columns.latents.encoder.path and 3 more = owner/vae will be" in captured.out
+        )
+    write_cached(cache, ["vae/config.json", "vae/model.safetensors"])
+    assert main(command) == 0, capsys.readouterr().err
+    assert "owner/vae" not in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------- zoo references
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory) -> Path:
+    """A working folder with a zoo of one language model, and a run folder."""
+    folder = tmp_path_factory.mktemp("work")
+    config = load(ModelConfig, "nano/model").lm
+    registry.export(folder / "zoo", "lm-base", "lm", config, {"weight": torch.ones(1)}, {})
+    (folder / "runs" / "other" / "checkpoints").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    return folder
+
+
+REFERENCES = {
+    "lm-bse": "the zoo zoo has no 'lm-bse'; it has: lm-base; did you mean 'lm-base'?",
+    "zoo/lm-bse/123": "'zoo/lm-bse/123' does not exist; name an entry of the zoo zoo",
+    "/nowhere/lm-base": "The zoo has: lm-base; did you mean 'lm-base'?",
+    "~/nowhere/x": "'~/nowhere/x' does not exist; name an entry of the zoo zoo",
+    "zoo/lm-base": "'zoo/lm-base' holds the entries of one name; write 'lm-base' with the zoo",
+    "runs/other": "'runs/other' is a run folder; export its weights with `landiff convert",
+    "empty/": "'empty/' is not the folder of a zoo entry; name an entry of the zoo zoo",
+    "lm-base@ffff": "'lm-base@ffff' matches 0 entries of zoo/lm-base",
+}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_wrong_zoo_reference_is_explained_everywhere(zoo, monkeypatch, capsys, reference):
+    monkeypatch.chdir(zoo)
+    commands = {
+        "init_from": ["train", "lm", "--config", "nano/lm", f"init_from={reference}"],
+        "lm": ["sample", "--config", "nano/sample", f"lm={reference}", "--", "a rabbit"],
+        "tokenizer": ["precompute", "--config", "nano/precompute"],
+    }
+    commands["tokenizer"].append(f"columns.tokens.tokenizer={reference}")
+    for key, command in commands.items():
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert f"{key} = {reference}: {REFERENCES[reference]}" in err or (
+            f"{key} = {reference}: " in err and REFERENCES[reference] in err
+        ), err
+        assert "Errno" not in err
+    if "/" not in reference:
+        return
+    assert main(["convert", reference, "--to", "release", "--out", "x"]) == 2
+    assert "Errno" not in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------- disk space
+
+
+def test_the_disk_must_hold_shards_columns_checkpoints_and_models(tmp_path, monkeypatch, capsys):
+    project = tmp_path / "project"
+    write_project(project, "nano", source="packaged")
+    write_lines(project, {"lm": "loop: {keep_last: 50, save_every: 1}"})
+    preset = ["--preset", str(project)]
+    monkeypatch.setattr(space, "free_bytes", lambda folder: 2 << 30)
+    assert main(["check", *preset]) == 0
+    monkeypatch.setattr(space, "free_bytes", lambda folder: 500 << 20)
+    words = [
+        "has 524 MB free, but the pipeline needs about",
+        "runs/lm ",
+        "(50 checkpoints of ",
+        " MB, and one more while it is written; lower loop.keep_last)",
+        "runs/diffusion-control ",
+        "free some space, or use a larger file system",
+    ]
+    commands = [
+        ["check", *preset],
+        ["quickstart", *preset],
+        ["submit", "pipeline", *preset, "--cluster", "local"],
+    ]
+    for command in commands:
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        for text in words:
+            assert text in err, command
+    monkeypatch.setattr(space, "free_bytes", lambda folder: 10 << 20)
+    assert main(["train", "lm", "--config", str(project / "lm.yaml")]) == 2
+    assert "but this run needs about" in capsys.readouterr().err
+    assert not {path.name for path in project.iterdir()} & {"data", "runs", "zoo"}
+
+
+def test_what_is_there_already_takes_no_more_space(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load(LMTrainConfig, "nano/lm")
+    (whole,) = space.training_uses(config, export=False)
+    folder = Path("runs/lm/checkpoints/step_00000100")
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(1 << 20))
+    (folder / "linked").hardlink_to(folder / "weights")
+    (left,) = space.training_uses(config, export=False)
+    assert whole.bytes - left.bytes == 1 << 20
+
+
+@pytest.mark.parametrize("preset", ["nano", "shapes", "landiff"])
+def test_weights_are_counted_without_building_models(preset):
+    models = load(ModelConfig, f"{preset}/model")
+    counted = {
+        lm_weights(models.lm): lm_on_meta(models.lm),
+        tokenizer_weights(models.tokenizer): tokenizer_on_meta(models.tokenizer),
+        diffusion_weights(models.diffusion): diffusion_on_meta(models.diffusion),
+    }
+    for count, model in counted.items():
+        real = count_parameters(model)
+        assert 0.98 * real < count <= real, "without biases and norms"

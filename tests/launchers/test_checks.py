@@ -35,6 +35,8 @@ from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 from tests.data_pipeline.data_sets import write_column, write_raw
 
+pytestmark = pytest.mark.usefixtures("network")
+
 MODELS = load(ModelConfig, "nano/model")
 SHAPES = {
     "features": [5, 112, 4, 4],
@@ -154,7 +156,7 @@ def test_what_fits_has_no_problems(world, stage):
             ["preview_steps=1", "preview_codec={kind: cogvideox-vae, path: gone}"],
             [
                 "preview_steps = 1: a sampler takes at least 2",
-                "preview_codec: cogvideox-vae: path = 'gone' does not exist",
+                "preview_codec.path = 'gone' does not exist",
             ],
         ),
         (
@@ -171,7 +173,7 @@ def test_what_fits_has_no_problems(world, stage):
             "precompute",
             ["columns.tokens={tokenizer: gone, encoder: {kind: theia, path: nowhere}}"],
             [
-                "columns.tokens.encoder: theia: path = 'nowhere' does not exist",
+                "columns.tokens.encoder.path = 'nowhere' does not exist",
                 "columns.tokens.tokenizer = gone: the zoo",
             ],
         ),
@@ -370,7 +372,7 @@ def test_data_that_changed_in_a_run_are_refused_with_the_phase_that_allows_it(wo
 
 def test_a_parent_that_does_not_fit_is_refused(world):
     (problem,) = problems("lm", "parent=runs/gone")
-    assert "parent = runs/gone holds no healthy checkpoint" in problem
+    assert "parent = runs/gone does not exist; name a run folder (runs/lm)" in problem
     checkpoint(load(LMTrainConfig, "nano/lm", ["run=runs/old"]))
     (problem,) = problems("lm", "parent=runs/old", "data.seed=3")
     assert "runs/old/checkpoints/step_00000100 is damaged (FileNotFoundError: " in problem

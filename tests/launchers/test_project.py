@@ -28,6 +28,8 @@ from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
 from landiff.training.lm.config import LMTrainConfig
 
+pytestmark = pytest.mark.usefixtures("network")
+
 
 def problems_of(preset: str | Path) -> str:
     return "\n".join(str(problem) for problem in check_preset(str(preset)).problems)
@@ -44,6 +46,7 @@ def test_packaged_presets_fit(preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in ("videos", "world/train"):
         (tmp_path / source).mkdir(parents=True)
+        (tmp_path / source / "a.mp4").touch()
     assert problems_of(preset) == ""
 
 

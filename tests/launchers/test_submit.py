@@ -195,6 +195,7 @@ def test_a_run_folder_of_another_machine_is_submitted_with_take_over_only(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
     (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
     write_foreign_lock(tmp_path / "runs" / "shards" / ".owner")
     words = ["submit", "shards", "--cluster", "sandbox", "source=videos", "--config", "nano/shards"]
     code, _, err = landiff(capsys, *words)
@@ -263,7 +264,7 @@ def test_all_mistakes_of_a_pipeline_are_refused_at_submission(capsys, tmp_path, 
             "diffusion-main: data.global_batch_size = 16",
             "sample: steps = 1",
             "shards: source = 'nowhere' does not exist",
-            "columns.latents.encoder: cogvideox-vae: path = 'gone'",
+            "columns.latents.encoder.path = 'gone'",
             "codebook of the language model = 128, of the tokenizer = 64",
         ):
             assert err.count(text) == 1, (text, err)

@@ -16,6 +16,7 @@ from pydantic import NonNegativeInt
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.files import sha256_file, write_text
 from landiff.configs.loader import read_json_as
+from landiff.configs.problems import nearest_path
 from landiff.training.checkpoint.files import (
     CheckpointState,
     FileList,
@@ -84,6 +85,11 @@ def _named_checkpoint(parent: Path) -> Path:
         folder = step_folder(parent / CHECKPOINTS, step)
         if is_healthy(folder, unreadable=True):
             return folder.absolute()
+    if not parent.exists():
+        raise ConfigError(
+            f"parent = {parent} does not exist{nearest_path(parent)}; name a run folder (runs/lm) "
+            "or a checkpoint in it (runs/lm/checkpoints/step_00001000)"
+        )
     raise ConfigError(
         f"parent = {parent} holds no healthy checkpoint; it must be a run folder (runs/lm) or a "
         "checkpoint in it (runs/lm/checkpoints/step_00001000)"

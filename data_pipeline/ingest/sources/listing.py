@@ -15,6 +15,7 @@ from pathlib import Path
 import braceexpand
 
 from landiff.configs.base import ConfigError
+from landiff.configs.problems import nearest_path
 from landiff.data_pipeline.ingest.config import ColumnsConfig, ShardsConfig
 from landiff.data_pipeline.ingest.sources.content_kinds import describe_file_content
 from landiff.data_pipeline.ingest.sources.entries import (
@@ -96,8 +97,8 @@ def _list_one(config: ShardsConfig, source: str) -> Listing:
         )
     if not os.path.lexists(path):
         raise ConfigError(
-            f"source = {source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, "
-            'or "packaged"'
+            f"source = {source!r} does not exist{nearest_path(path)}; give a folder, a .csv, a "
+            '.jsonl, a .tar, or "packaged"'
         )
     if path.is_dir():
         table = _table_in(path)
