@@ -8,8 +8,9 @@ FROM python:3.11-slim-bookworm
 ARG TORCH_INDEX=https://pypi.org/simple
 ARG EXTRAS=shots,text
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+# libgl1 and libglib2.0-0: opencv-python, which the extra `text` installs. g++: torch.compile.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends git libgomp1 \
+ && apt-get install --yes --no-install-recommends git libgomp1 libgl1 libglib2.0-0 g++ \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/landiff
 COPY constraints.txt ./

@@ -32,9 +32,13 @@ BUSY_MIB = 2048  # GPU memory in use from which another process is assumed
 ALL_REDUCE_TIMEOUT_S = 180
 # torchvision 0.15 + N is built for torch 2.N.
 TORCHVISION_OFFSET = 15
+OPENCV_ADVICE = (
+    "opencv-python, which the extra `text` installs, needs libraries of the system: "
+    "apt-get install libgl1 libglib2.0-0"
+)
 # Run in a process of its own, whose crash does not end the doctor
 IMPORTS = """
-import json, torch, megatron.core, deepspeed, transformers
+import json, av, cv2, decord, torch, megatron.core, deepspeed, transformers
 print(json.dumps({
     "torch": torch.__version__,
     "cuda": torch.version.cuda,
@@ -208,7 +212,7 @@ def check_torchvision() -> list[Finding]:
 
 
 def check_imports() -> list[Finding]:
-    """Whether the engines can be imported, and whether torch finds the GPUs."""
+    """Whether decoders, OpenCV and engines can be imported, and whether torch finds the GPUs."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", IMPORTS],
         capture_output=True,
@@ -218,7 +222,10 @@ def check_imports() -> list[Finding]:
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return [Finding("imports", "bad", f"an engine cannot be imported: {lines[-1]}")]
+        text = f"a package cannot be imported: {lines[-1]}"
+        if "/cv2/" in done.stderr:
+            text += f"; {OPENCV_ADVICE}"
+        return [Finding("imports", "bad", text)]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     cuda = found["cuda"]
     if cuda and not found["available"]:

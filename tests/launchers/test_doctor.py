@@ -54,6 +54,17 @@ def test_versions_that_clash_are_named_with_the_way_out(change, says):
     assert finding.level == "bad" and says in finding.text and "pip install" in finding.text
 
 
+def test_libraries_that_opencv_lacks_are_named_with_the_way_out(tmp_path, monkeypatch):
+    package = tmp_path / "cv2"
+    package.mkdir()
+    error = "libxcb.so.1: cannot open shared object file: No such file or directory"
+    (package / "__init__.py").write_text(f"raise ImportError({error!r})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (finding,) = doctor.check_imports()
+    assert finding.level == "bad"
+    assert error in finding.text and "apt-get install libgl1 libglib2.0-0" in finding.text
+
+
 def test_known_good_versions_pass():
     assert [f.level for f in doctor.check_versions(GOOD)] == ["good"]
 
