@@ -33,9 +33,13 @@ def main(arguments: list[str]) -> int:
     os.environ[PARENT] = str(os.getpid())  # of the ranks
     # Otherwise torchrun logs a line for every rank that it ends.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    options = [f"--log-dir={os.devnull}"]
+    if "--standalone" in arguments:
+        # The name of a container or laptop often has no address, and ranks would wait for it.
+        options.append("--local-addr=127.0.0.1")
     try:
         # Without a log folder, torchrun creates one in the temporary directory and leaves it there.
-        torchrun([f"--log-dir={os.devnull}", *arguments])
+        torchrun([*options, *arguments])
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         if failure.exitcode >= 0:
