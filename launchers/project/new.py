@@ -43,6 +43,12 @@ env:
   NCCL_SOCKET_IFNAME: ib0
   HF_HOME: /shared/hf
 """
+TRAINERS = ("tokenizer", "lm", "diffusion-main", "diffusion-control")
+PROMPTS = """\
+prompts: # best like the captions of your videos
+  - A beach at night.
+  - A birthday party in the garden.
+"""
 README = """\
 # {name}
 
@@ -168,10 +174,26 @@ def config_files(base: str, sizes: ProjectSizes, buckets: bool, source: str) -> 
             f"clean_frames: {sizes.prefix}\n"
         ),
     }
+    for stem in TRAINERS:
+        own[stem] += all_clips(base, stem)
+    if has_config(base, "world"):
+        own["sample"] += PROMPTS
+    stems = list(PRESET_CONFIGS)
+    if has_config(base, "latents"):
+        stems.insert(stems.index("precompute"), "latents")
+        own["latents"] = decoder
     files = {"model.yaml": model_file(base, sizes)}
-    for stem in PRESET_CONFIGS:
+    for stem in stems:
         files[f"{stem}.yaml"] = f"extends: {base}/{stem}\n{own.get(stem, '')}"
     return files
+
+
+def all_clips(base: str, stem: str) -> str:
+    """Keys that make a trainer read all clips, if the preset's mixes those of its own sources."""
+    data = load(PRESET_CONFIGS[stem], f"{base}/{stem}").model_dump()["data"]
+    if data["where"] is None and not data["blend"]:
+        return ""
+    return "data: {where: null, blend: []} # all clips\n"
 
 
 def model_file(base: str, sizes: ProjectSizes) -> str:

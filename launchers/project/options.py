@@ -46,8 +46,11 @@ def add_project_commands(commands: argparse._SubParsersAction) -> None:
         dest="base",
         metavar="PRESET",
         default="nano",
-        choices=["nano", "landiff", "shapes"],
-        help="packaged preset with all other values: nano (default), landiff or shapes",
+        choices=["nano", "landiff", "quickstart", "shapes"],
+        help="packaged preset with all other values: landiff (the released sizes, for GPUs), "
+        "quickstart (small models that learn a few dozen clips on a CPU in a quarter of an hour), "
+        "shapes (the same models, trained longer), nano (default; the shortest trainings, for a "
+        "first look at all stages)",
     )
     new.add_argument(
         "--source",

@@ -26,7 +26,9 @@ from landiff.launchers.project.presets import (
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 pytestmark = pytest.mark.usefixtures("network")
 
@@ -65,7 +67,13 @@ def test_a_project_of_the_released_size_has_the_released_models(tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "frames", "size"),
-    [("nano", 5, "16x16"), ("nano", 25, "64x96"), ("shapes", 97, "96x64"), ("landiff", 25, None)],
+    [
+        ("nano", 5, "16x16"),
+        ("nano", 25, "64x96"),
+        ("quickstart", 9, "48x48"),
+        ("shapes", 97, "96x64"),
+        ("landiff", 25, None),
+    ],
 )
 def test_all_sizes_follow_from_the_clips(tmp_path, base, frames, size):
     project = tmp_path / "project"
@@ -111,6 +119,26 @@ def test_sizes_and_preset_are_options(tmp_path, capsys):
     (shape,) = load(ShardsJobConfig, project / "shards.yaml").shapes
     assert (shape.num_frames, shape.height, shape.width) == (9, 32, 48)
     assert load(LMTrainConfig, project / "lm.yaml").optim == load(LMTrainConfig, "shapes/lm").optim
+
+
+def test_a_project_with_the_models_of_the_quickstart_trains_on_all_its_own_clips(tmp_path):
+    project = tmp_path / "project"
+    write_project(project, "quickstart", source=str(tmp_path / "videos"), captions="file_name")
+    assert (project / "latents.yaml").is_file(), "computed beside the features"
+    assert not (project / "world.yaml").exists()
+    assert load(ShardsJobConfig, project / "shards.yaml").sources == (str(tmp_path / "videos"),)
+    for cls, stem in (
+        (TokenizerTrainConfig, "tokenizer"),
+        (LMTrainConfig, "lm"),
+        (DiffusionTrainConfig, "diffusion-main"),
+        (DiffusionTrainConfig, "diffusion-control"),
+    ):
+        config, preset = load(cls, project / f"{stem}.yaml"), load(cls, f"quickstart/{stem}")
+        assert preset.data.where is not None and preset.data.blend
+        assert (config.data.where, config.data.blend) == (None, ())
+        assert config.loop.steps == preset.loop.steps
+    prompts = load(SampleConfig, project / "sample.yaml").prompts
+    assert not set(prompts) & set(load(SampleConfig, "quickstart/sample").prompts)
 
 
 def test_a_project_is_never_overwritten(tmp_path):
