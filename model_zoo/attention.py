@@ -34,6 +34,7 @@ from torch.nn.attention import (
     SDPBackend,
     activate_flash_attention_impl,
     current_flash_attention_impl,
+    restore_flash_attention_impl,
     sdpa_kernel,
 )
 
@@ -82,8 +83,8 @@ LIMITS: dict[Backend, Limits] = {
 class Case:
     """What decides the kernel of half-precision attention on CUDA.
 
-    architecture: major compute capability, 9 for H100. length: queries of the longest sequence.
-    packed: several sequences in one row.
+    architecture: major compute capability, 9 for H100. length: queries of the longest sequence, in
+    a call rounded down to a `min_length` of the table. packed: several sequences in one row.
     """
 
     architecture: int
@@ -129,6 +130,7 @@ PREFERENCES: tuple[Preference, ...] = (
     Preference(("flash-4", "cudnn", "flash-2", "torch"), architecture=10, min_length=512),
     Preference(("flash-2", "torch")),
 )
+MIN_LENGTHS = sorted({row.min_length for row in PREFERENCES})
 
 
 def choose(
@@ -184,10 +186,15 @@ def find_installed() -> frozenset[Backend]:
 
 
 class _Choices:
-    """The choices of this process: what is preferred, what failed, what was logged."""
+    """The choices of this process: what is preferred, what failed, what was logged.
+
+    flash_2: functions of the package flash-attn, once they are used. torch.compile cannot trace
+        imports.
+    """
 
     def __init__(self) -> None:
         self.preferred: Backend | None = None
+        self.flash_2: dict[str, Callable[..., Any]] = {}
         self.failed: set[Backend] = set()
         self.made: dict[Case, Backend] = {}
 
@@ -203,7 +210,15 @@ class _Choices:
         return self.made[case]
 
     def _activate(self, backend: Backend) -> bool:
-        """Make torch's calls use FlashAttention-3 or 4. Returns whether the kernel is usable."""
+        """Import flash-attn 2, or make torch's calls use FlashAttention-3 or 4.
+
+        Returns whether the kernel is usable.
+        """
+        if backend == "flash-2":
+            package = importlib.import_module("flash_attn")
+            for function in ("flash_attn_func", "flash_attn_varlen_func"):
+                self.flash_2[function] = getattr(package, function)
+            return True
         name = TORCH_NAMES.get(backend)
         if name is None or name == current_flash_attention_impl():
             return True
@@ -222,13 +237,15 @@ def prefer(backend: Backend | None) -> None:
     """Use `backend` in this process wherever it applies, before the table. None undoes it."""
     _CHOICES.preferred = backend
     _CHOICES.made.clear()
+    if current_flash_attention_impl() is not None:  # else torch's own calls would still use it
+        restore_flash_attention_impl()
 
 
 @torch.compiler.assume_constant_result
 def _choice(
     device: torch.device, head_dim: int, length: int, causal: bool, dtype: torch.dtype, packed: bool
 ) -> Backend:
-    """The kernel of a call on CUDA in half precision."""
+    """The kernel of a call on CUDA in half precision. torch.compile needs constant arguments."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     major, _ = torch.cuda.get_device_capability(device)
     return _CHOICES.of(Case(major, head_dim, length, causal, dtype, packed, deterministic))
@@ -236,9 +253,19 @@ def _choice(
 
 def _kernel_for(q: Tensor, length: int, *, causal: bool, packed: bool) -> Backend | None:
     """The kernel of a call, or None if there is no choice but torch's SDPA."""
-    if not q.is_cuda or q.dtype not in FLASH_DTYPES:
+    if not _has_choice(q):
         return None
-    return _choice(q.device, q.shape[-1], length, causal, q.dtype, packed)
+    # Only comparisons of the length, which compiled code does not know if it varies.
+    rounded = 0
+    for min_length in MIN_LENGTHS:
+        if length >= min_length:
+            rounded = min_length
+    return _choice(q.device, q.shape[-1], rounded, causal, q.dtype, packed)
+
+
+def _has_choice(q: Tensor) -> bool:
+    """Whether there are several kernels for queries of this device and dtype."""
+    return q.is_cuda and q.dtype in FLASH_DTYPES
 
 
 def attention(
@@ -266,7 +293,7 @@ def attention(
     if mask is None:
         backend = _kernel_for(q_BSAd, queries, causal=causal, packed=False)
     if backend == "flash-2":
-        return _flash_2("flash_attn_func")(
+        return _CHOICES.flash_2["flash_attn_func"](
             q_BSAd,
             k_BSAd,
             v_BSAd,
@@ -317,7 +344,8 @@ def attention_varlen(
         then aligns them at the end, as in `attention`.
     max_seqlen: length of the longest sequence, or an upper bound of it.
 
-    In half precision on CUDA nothing is copied to the host. Otherwise the lengths are.
+    In half precision on CUDA nothing is copied to the host, on GPUs of compute capability 8.0 or
+    newer. Otherwise the lengths are.
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
@@ -325,7 +353,7 @@ def attention_varlen(
     assert cu_seqlens.ndim == 1 and cu_seqlens.shape == cu_seqlens_k.shape, cu_seqlens.shape
     backend = _kernel_for(q_NAd, max_seqlen, causal=causal, packed=True)
     if backend == "flash-2":
-        return _flash_2("flash_attn_varlen_func")(
+        return _CHOICES.flash_2["flash_attn_varlen_func"](
             q_NAd,
             k_NAd,
             v_NAd,
@@ -338,9 +366,20 @@ def attention_varlen(
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     lengths = (cu_seqlens, cu_seqlens_k)
-    if backend is not None:
+    if backend is not None and _has_varlen(q_NAd):
         return _torch_varlen(q_NAd, k_NAd, v_NAd, lengths, max_seqlen, causal, scale)
     return _attention_by_length(q_NAd, k_NAd, v_NAd, lengths, causal, scale)
+
+
+def _has_varlen(q_NAd: Tensor) -> bool:
+    """Whether torch's kernel for packed rows takes these queries, which are on CUDA."""
+    head_dim = q_NAd.shape[-1]
+    major, _ = torch.cuda.get_device_capability(q_NAd.device)
+    return (
+        major >= OLDEST_ARCHITECTURE
+        and head_dim % 8 == 0
+        and head_dim <= LIMITS["flash-2"].head_dim
+    )
 
 
 def _torch_varlen(
@@ -410,8 +449,3 @@ def _lengths(cu_seqlens: Tensor, total: int) -> list[int]:
     ends = cu_seqlens.tolist()
     assert ends[0] == 0 and ends[-1] == total, (ends[0], ends[-1], total)
     return [end - start for start, end in itertools.pairwise(ends)]
-
-
-def _flash_2(name: str) -> Callable[..., Any]:
-    """A function of the package flash-attn."""
-    return getattr(importlib.import_module("flash_attn"), name)

@@ -173,6 +173,74 @@ def test_the_chosen_kernel_is_named_in_the_log_and_one_that_fails_is_left(caplog
     assert messages[1].startswith("attention kernel cudnn for Case(architecture=9")
 
 
+class _Chosen:
+    """Choices that are always the same, of cases that are kept."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.cases = []
+        self.flash_2 = {"flash_attn_func": flash_attn_func}
+
+    def of(self, case):
+        self.cases.append(case)
+        return self.backend
+
+
+def flash_attn_func(q, k, v, softmax_scale, causal, deterministic):
+    parts = [x.transpose(1, 2) for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal)
+    return out.transpose(1, 2)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Lets `attention` choose kernels for half precision on the CPU, as on an H100."""
+    from landiff.model_zoo import attention as module
+
+    def choose_always(backend):
+        chosen = _Chosen(backend)
+        monkeypatch.setattr(module, "_CHOICES", chosen)
+        return chosen
+
+    monkeypatch.setattr(module, "_has_choice", lambda q: q.dtype in module.FLASH_DTYPES)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return choose_always
+
+
+@pytest.mark.parametrize("backend", ["torch", "flash-2"])
+def test_compiled_attention_is_one_graph_for_sequences_of_any_length(backend, as_on_cuda):
+    """As in compiled blocks on CUDA, with clips of several shapes."""
+    chosen = as_on_cuda(backend)
+    torch.compiler.reset()
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    for length in (8, 12, 520, 600):
+        q, k, v = rows(1, length, 2, 16, dtype=torch.bfloat16)
+        assert torch.equal(compiled(q, k, v), attention(q, k, v)), length
+    assert {case.length for case in chosen.cases} == {0, 512}  # not one case for each length
+
+
+def test_rows_are_packed_without_torchs_kernel_on_gpus_that_lack_it(as_on_cuda, monkeypatch):
+    as_on_cuda("torch")
+    q, k, v = rows(9, 3, 16, dtype=torch.bfloat16)
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    found = attention_varlen(q, k, v, ends, 5, causal=True)
+    whole = [
+        attention(*(x[None, a:b] for x in (q, k, v)), causal=True)[0] for a, b in ((0, 4), (4, 9))
+    ]
+    assert torch.equal(found, torch.cat(whole))
+
+
+def test_another_preference_restores_torchs_own_kernel(monkeypatch, no_preference):
+    from landiff.model_zoo import attention as module
+
+    active = ["FA3"]
+    monkeypatch.setattr(module, "current_flash_attention_impl", lambda: (active or [None])[0])
+    monkeypatch.setattr(module, "restore_flash_attention_impl", active.clear)
+    module.prefer("torch")
+    assert not active
+
+
 @pytest.fixture
 def no_preference():
     from landiff.model_zoo.attention import prefer
