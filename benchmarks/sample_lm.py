@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.support.models import PRESETS, device_name, load_preset, timed
 from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
-from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.lm import KVCache, LanguageModel
 from landiff.model_zoo.sample import tokens
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
 from landiff.training.replace import replaced
@@ -124,6 +124,11 @@ def baseline_sampler(
     return sample
 
 
+def cache_of_model(model: LanguageModel, rows: int, capacity: int, _padding: object) -> KVCache:
+    """A cache for the model itself in place of a decoder."""
+    return model.new_cache(rows, capacity)
+
+
 def measure_cached(model: LanguageModel, case: Case, baseline: Path | None = None) -> list[Row]:
     """Samples whole videos in turns: with the decoder, with the model itself, as a baseline.
 
@@ -141,7 +146,7 @@ def measure_cached(model: LanguageModel, case: Case, baseline: Path | None = Non
         return sample_tokens(model, prompts, case.frames, config, seeds=seeds).codes_BK
 
     def sample_with_model() -> Tensor:
-        with replaced(tokens, "new_cache", LanguageModel.new_cache):
+        with replaced(tokens, "new_cache", cache_of_model):
             return sample()
 
     ways = {"decoder": sample, "model": sample_with_model}

@@ -71,14 +71,24 @@ class _Layer:
 class Decoder:
     """The blocks and the head of a model with a cache for up to `capacity` positions.
 
+    Rows may begin with padding, to which no later position attends.
+
     length: number of filled positions.
     """
 
     @torch.inference_mode()
     def __init__(
-        self, model: LanguageModel, rows: int, capacity: int, *, graphs: bool | None = None
+        self,
+        model: LanguageModel,
+        rows: int,
+        capacity: int,
+        *,
+        padding_R: Tensor | None = None,
+        graphs: bool | None = None,
     ) -> None:
-        """`graphs`: replay steps of few tokens; None where the model is on CUDA.
+        """`padding_R`: positions of padding at the begin of each row; None if there are none.
+
+        graphs: replay steps of few tokens; None where the model is on CUDA.
 
         Raises ConfigError for more positions than the model has. The weights must not change.
         """
@@ -110,6 +120,7 @@ class Decoder:
         self.norm = (model.final_norm.weight.float(), model.final_norm.bias.float())
         self.head = weight.float()
         self.length = 0
+        self.padding_R = padding_R
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
         self._captured: dict[int, _Graph | None] = {}
 
@@ -119,20 +130,20 @@ class Decoder:
         return self.cache.shape[2]
 
     @torch.inference_mode()
-    def step(self, x_RSD: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Appends new positions and returns the logits after the last one, float32 [R, V].
-
-        mask: bool, true = may attend, broadcastable to [R, A, S, length + S]; causal if None.
-        """
+    def step(self, x_RSD: Tensor) -> Tensor:
+        """Appends new positions and returns the logits after the last one, float32 [R, V]."""
         count = x_RSD.shape[1]
         start = self.length
         end = start + count
         assert end <= self.capacity, (end, self.capacity)
         self.length = end
-        if self.graphs and mask is None and start:
+        if self.graphs and start:
+            return self._replay(x_RSD, torch.arange(start, end, device=self.device))
+        mask = None
+        if self.padding_R is not None:
             positions_S = torch.arange(start, end, device=self.device)
-            return self._replay(x_RSD, positions_S)
-        if mask is None and start and count > 1:
+            mask = padding_mask(self.padding_R, positions_S, end)
+        elif start and count > 1:
             every = torch.ones(count, end, dtype=torch.bool, device=self.device)
             mask = every.tril(start)
         new = self.cache[:, :, start:end].unbind(0)
@@ -148,8 +159,10 @@ class Decoder:
 
     def static_step(self, x_RSD: Tensor, positions_S: Tensor) -> Tensor:
         """As `step` at `positions_S`, with shapes that depend on the number of positions only."""
-        every_C = torch.arange(self.capacity, device=self.device)
-        mask = every_C <= positions_S[:, None]
+        if self.padding_R is None:
+            mask = torch.arange(self.capacity, device=self.device) <= positions_S[:, None]
+        else:
+            mask = padding_mask(self.padding_R, positions_S, self.capacity)
 
         def store(layer: int, kv_RS2Ad: Tensor) -> tuple[Tensor, Tensor]:
             cache = self.cache[layer]
@@ -223,6 +236,18 @@ class Decoder:
         if graph is None:
             return self.static_step(x_RSD, positions_S)
         return graph(x_RSD, positions_S)
+
+
+def padding_mask(padding_R: Tensor, positions_S: Tensor, keys: int) -> Tensor:
+    """Mask that hides later positions and padding, bool [R, 1, S, keys], true = may attend.
+
+    padding_R: positions of padding at the begin of each row.
+    """
+    queries_S1 = positions_S[:, None]
+    keys_K = torch.arange(keys, device=positions_S.device)
+    mask_RSK = (keys_K <= queries_S1) & (keys_K >= padding_R[:, None, None])
+    mask_RSK |= keys_K == queries_S1  # padding attends to itself: no row of the mask may be empty
+    return mask_RSK[:, None]
 
 
 def _attend(q_RSAd: Tensor, keys_RACd: Tensor, values_RACd: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from landiff.model_zoo.config import TransformerConfig
+from landiff.model_zoo.device import to_device
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.sample.solvers import Solver, build_scheduler
 from landiff.model_zoo.schedule import NoiseSchedule, Prediction, SamplerTable
@@ -246,7 +247,7 @@ def _sample(
     """The sampler: from noise to the last state, [B, T, C, H, W]."""
     result = torch.empty(0)
     with torch.no_grad():
-        start = noise(0, shape).to(device, torch.float32)
+        start = to_device(noise(0, shape), device).float()
         assert start.shape == shape, (start.shape, shape)
         state = fix_prefix(start, prefix_BTCHW)
         if options.solver == "sde-dpm++":
@@ -376,7 +377,7 @@ def _solve(
         if step == options.num_steps - 1:
             state = denoised
         else:
-            drawn = noise(step + 1, tuple(state.shape)).to(state)
+            drawn = to_device(noise(step + 1, tuple(state.shape)), state.device).to(state)
             state = _next_state(
                 table, step, state, denoised=denoised, previous=previous, drawn=drawn
             )

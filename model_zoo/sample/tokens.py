@@ -28,7 +28,7 @@ from torch import Tensor
 
 from landiff.model_zoo.config import TokenSamplingConfig
 from landiff.model_zoo.lm import KVCache, LanguageModel
-from landiff.model_zoo.sample.decode import Decoder
+from landiff.model_zoo.sample.decode import Decoder, padding_mask
 from landiff.model_zoo.token_layout import CODE, SamplingTable
 from landiff.model_zoo.tokenizer import Grid
 
@@ -315,14 +315,17 @@ class _Body:
         return codes_BK.clamp(0, self.layout.codebook_size - 1)
 
 
-def new_cache(model: LanguageModel, rows: int, capacity: int) -> Decoder | KVCache:
+def new_cache(
+    model: LanguageModel, rows: int, capacity: int, padding_R: Tensor | None
+) -> Decoder | KVCache:
     """A decoder with a cache, or a cache for the model itself under autocast.
 
+    padding_R: positions of padding at the begin of each row, which the decoder's mask hides.
     Under autocast, the decoder's matmuls would be cast in other places than the model's.
     """
     if torch.is_autocast_enabled(model.token_embedding.weight.device.type):
         return model.new_cache(rows, capacity)
-    return Decoder(model, rows, capacity)
+    return Decoder(model, rows, capacity, padding_R=padding_R)
 
 
 class _Decoder:
@@ -347,7 +350,7 @@ class _Decoder:
         self.prompt_RPD, self.pads_R = self._embed(prompts, num_frames)
         rows, prompt_length, _ = self.prompt_RPD.shape
         capacity = prompt_length + body_length - 1  # EOS is not fed
-        self.cache = new_cache(model, rows, capacity)
+        self.cache = new_cache(model, rows, capacity, self.pads_R)
         self.fed = 0  # positions of the body that are in the cache
 
     def _embed(self, prompts: Prompts, num_frames: int) -> tuple[Tensor, Tensor | None]:
@@ -421,9 +424,9 @@ class _Decoder:
         if not self.fed:
             x_RSD = torch.cat([self.prompt_RPD, x_RSD], dim=1)
         self.fed = tokens_BN.shape[1]
-        mask = self._mask(self.cache.length, x_RSD.shape[1])
         if isinstance(self.cache, Decoder):
-            return self.cache.step(x_RSD, mask)
+            return self.cache.step(x_RSD)
+        mask = self._mask(self.cache.length, x_RSD.shape[1])
         hidden_RSD = self.model.transform(x_RSD, cache=self.cache, mask=mask)
         return self.model.logits(hidden_RSD[:, -1:])[:, 0]
 
@@ -434,9 +437,5 @@ class _Decoder:
         """
         if self.pads_R is None:
             return None
-        queries = torch.arange(start, start + count, device=self.device)[:, None]
-        keys = torch.arange(start + count, device=self.device)
-        first_key_R11 = self.pads_R[:, None, None]
-        mask = (keys <= queries) & (keys >= first_key_R11)
-        mask |= keys == queries  # padding attends to itself, since no row of the mask may be empty
-        return mask[:, None]
+        positions_S = torch.arange(start, start + count, device=self.device)
+        return padding_mask(self.pads_R, positions_S, start + count)

@@ -1,6 +1,7 @@
 """Token sampling against a loop that recomputes everything, and each option on its own."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from landiff.configs import ConfigError, validate
 from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
 from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.sample import tokens
 from landiff.model_zoo.sample.decode import Decoder
 from landiff.model_zoo.sample.tokens import (
     Prompts,
@@ -436,6 +438,36 @@ def test_the_decoder_equals_the_model_with_a_cache(model, dtype):
             tolerance = 4e-3 if decoder.graphs and dtype == torch.bfloat16 else 2e-6
             torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
     assert [decoder.length for decoder in decoders] == [20, 20]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_padding_in_front_of_a_row_changes_nothing(model, graphs):
+    """Also in the operators of a CUDA graph, which prompts of different lengths use too."""
+    x = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(2))
+    decoder = Decoder(model, 2, 12, padding_R=torch.tensor([0, 3]), graphs=graphs)
+    alone = Decoder(model, 1, 9)  # the second row without padding
+    for start, end in ((0, 6), (6, 7), (7, 9), (9, 12)):
+        found = decoder.step(x[:, start:end])
+        expected = alone.step(x[1:, max(start, 3) : end] if start == 0 else x[1:, start:end])
+        torch.testing.assert_close(found[1:], expected, atol=1e-5, rtol=0)  # turned positions
+
+
+def test_prompts_of_different_lengths_are_decoded_by_graphs(model, monkeypatch):
+    steps = []
+    static_step = Decoder.static_step
+
+    def counted(decoder, x, positions):
+        steps.append(decoder.padding_R)
+        return static_step(decoder, x, positions)
+
+    prompts = some_prompts(2, text_lengths_B=torch.tensor([4, 3]))
+    expected = sample_tokens(model, prompts, 3, TokenSamplingConfig(), seeds=[0, 1]).codes_BK
+    monkeypatch.setattr(Decoder, "static_step", counted)
+    graphs = partial(Decoder, graphs=True)
+    monkeypatch.setattr(tokens, "new_cache", lambda *given: graphs(*given[:3], padding_R=given[3]))
+    found = sample_tokens(model, prompts, 3, TokenSamplingConfig(), seeds=[0, 1]).codes_BK
+    assert torch.equal(found, expected)
+    assert len(steps) > 5 and all(padding is not None for padding in steps)
 
 
 def test_a_decoding_step_takes_few_operators_and_none_that_waits(model):
