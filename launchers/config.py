@@ -269,6 +269,14 @@ class SampleConfig(Config):
             "`bf16`, with torchao (extra `quantize`). Videos differ by rounding."
         ),
     )
+    compile_blocks: bool = Field(
+        default=False,
+        description=(
+            "Compile the blocks of the diffusion model with torch.compile on CUDA, which needs a "
+            "compiler. Faster, but the first sampling step takes a minute or more. Videos differ "
+            "by rounding. No effect with offload = group or sequential, nor on the CPU."
+        ),
+    )
     offload: Literal["none", "model", "group", "sequential", "disk"] = Field(
         default="none",
         description=(

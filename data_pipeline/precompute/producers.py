@@ -32,6 +32,7 @@ from landiff.model_zoo import frozen, health, keyed_random, registry
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.frozen.base import HasBlocks, LatentCodec, VisionFeatures, posterior_mean
 from landiff.model_zoo.frozen.config import VisionConfig, semantic_frame_indices
+from landiff.model_zoo.layers import require_compiler
 
 if TYPE_CHECKING:
     from landiff.model_zoo.tokenizer import SemanticTokenizer
@@ -323,6 +324,7 @@ def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
 def compile_if_chosen(encoder: object, context: ProducerContext) -> None:
     """Compile the blocks of an encoder that has any, with `compile_blocks` of the config."""
     if context.config.compile_blocks and isinstance(encoder, HasBlocks):
+        require_compiler(context.device)
         encoder.compile_blocks()
 
 

@@ -79,6 +79,8 @@ def common_settings(config: SampleConfig, models: Mapping[str, str]) -> dict[str
         del settings["size"]  # the same
     if settings["quantize"] == "none":
         del settings["quantize"]
+    if not settings["compile_blocks"]:
+        del settings["compile_blocks"]
     if not settings["split_guidance"]:
         del settings["split_guidance"]
     return settings | dict(models)

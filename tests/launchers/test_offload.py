@@ -21,6 +21,7 @@ from landiff.launchers.budget.sampling import (
     parse_memory,
 )
 from landiff.launchers.results.sample import sample_videos
+from landiff.launchers.results.sampling import loading
 from landiff.launchers.results.sampling.loading import in_precision, load_models, models_on_demand
 from landiff.model_zoo import registry
 from landiff.model_zoo.sample.generate import Models
@@ -233,3 +234,24 @@ def test_sizes_of_memory():
     for wrong in ("24", "-1GB", "0GB", "GB", "24GBs"):
         with pytest.raises(ConfigError, match="no size"):
             parse_memory(wrong)
+
+
+def test_blocks_are_compiled_on_cuda_unless_their_weights_are_exchanged(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "require_compiler", lambda device: None)
+    cuda = torch.device("cuda")
+    for offload in ("none", "model", "disk"):
+        config = config_of(zoo, tmp_path, compile_blocks=True, offload=offload)
+        assert loading.is_compiled(config, cuda)
+        assert not loading.is_compiled(config, torch.device("cpu"))
+    for options in ({"offload": "group"}, {"offload": "sequential"}, {"compile_blocks": False}):
+        assert not loading.is_compiled(
+            config_of(zoo, tmp_path, **{"compile_blocks": True, **options}), cuda
+        )
+
+
+def test_the_diffusion_model_is_loaded_with_compiled_blocks(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "is_compiled", lambda *_: True)
+    models = models_on_demand(config_of(zoo, tmp_path), torch.device("cpu"))
+    for block in models.diffusion.module().transformer.blocks:
+        assert block._compiled_call_impl is not None
+    assert models.lm.module().blocks[0]._compiled_call_impl is None  # it is decoded by graphs

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from landiff.configs.base import ConfigError
+from landiff.model_zoo import layers
 from landiff.model_zoo.config import LMConfig, TokenizerConfig, TransformerConfig
 from landiff.model_zoo.dit import position_table
 from landiff.model_zoo.layers import (
@@ -162,3 +164,23 @@ def test_the_gated_activation_is_bit_equal_to_autograd(dtype):
     for one, other in zip(*(torch.autograd.grad(y, x, grown) for y in (fast, plain)), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(gated_gelu(x.detach()), plain)
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "found", "message"),
+    [
+        ("cpu", False, ("gcc",), "needs a compiler, one of g\\+\\+, clang\\+\\+, c\\+\\+"),
+        ("cpu", False, ("gcc", "g++"), None),
+        ("cuda", True, ("clang",), None),
+        ("cuda", True, (), "needs a compiler, one of gcc, clang, cc"),
+        ("cuda", False, ("gcc",), "needs Triton"),
+    ],
+)
+def test_a_missing_compiler_is_named(device, triton, found, message, monkeypatch):
+    monkeypatch.setattr(layers, "has_triton", lambda: triton)
+    monkeypatch.setattr(layers.shutil, "which", lambda name: name if name in found else None)
+    if message is None:
+        layers.require_compiler(torch.device(device))
+    else:
+        with pytest.raises(ConfigError, match=message):
+            layers.require_compiler(torch.device(device))

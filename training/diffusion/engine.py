@@ -24,6 +24,7 @@ from landiff.model_zoo.convert.formats.deepspeed import (
 )
 from landiff.model_zoo.convert.rules import check_against
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
+from landiff.model_zoo.layers import require_compiler
 from landiff.model_zoo.lora.config import ADAPTER, require_same_adapter
 from landiff.training.checkpoint.parts import StateFile, json_file
 from landiff.training.diffusion import zero
@@ -275,5 +276,7 @@ def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:
     """The engine of a config. Collective, after `landiff.training.distributed.start`."""
     if config.fp8:
         float8.require_device(world.device)
+    if config.compile_blocks:
+        require_compiler(world.device)
     objective = Objective(config, world.device, load_tokenizer(config, world.device))
     return DeepSpeedEngine(config, world, build_phase_model(config), objective)

@@ -227,8 +227,9 @@ class LMTrainConfig(TrainConfig):
     compile_blocks: bool = Field(
         default=False,
         description=(
-            "Compile norms and MLPs of the layers with torch.compile, which needs a compiler. "
-            "Faster on CUDA, but the start takes minutes longer. Results differ by rounding."
+            "Compile norms, rotations, activation functions and float8 layers with torch.compile, "
+            "which needs a compiler. Faster on CUDA, but the start takes minutes longer. Results "
+            "differ by rounding."
         ),
     )
     tokens_column: str = Field(default="tokens", description="Column of the semantic tokens.")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import registry
+from landiff.model_zoo.layers import require_compiler
 from landiff.model_zoo.lora.config import ADAPTER, require_same_adapter
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.checkpoint.dist_files import DistFiles
@@ -80,6 +81,8 @@ class MegatronEngine:
         with megatron_device() as self.device:
             if config.fp8:
                 float8.require_device(self.device)
+            if config.compile_blocks:
+                require_compiler(self.device)
             parallel_state.initialize_model_parallel(
                 config.parallel.tensor,
                 config.parallel.pipeline,

@@ -9,7 +9,7 @@ heads of this rank, d width of a head, D width of a vector.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ from torch.nn import functional
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.attention import attention_varlen
 from landiff.model_zoo.device import to_device
-from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate_pairs, run_selectively
+from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate, rotate_pairs, run_selectively
 from landiff.training.float8 import layers as float8
 from landiff.training.lm.batch import RowCache, Span
 from landiff.training.lm.config import CHUNKS, LMTrainConfig
@@ -136,11 +136,14 @@ class RowPart:
 class PackedRow(PackedSeqParams):
     """Megatron-core's description of a packed row, with the rotations that all layers share.
 
+    cos_Nd, sin_Nd: float32 [N, d/2].
     rotary: cosines as real and sines as imaginary parts, complex64 [N, 1, d/2].
     part: with context parallelism, the tokens of this rank. N is then their number.
     cache: of the row that these positions belong to, if they are not a whole row.
     """
 
+    cos_Nd: Tensor | None = None
+    sin_Nd: Tensor | None = None
     rotary: Tensor | None = None
     part: RowPart | None = None
     cache: RowCache | None = None
@@ -208,6 +211,11 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal, attn_mask_type
         self.layer_number = layer_number
+        self._compiled_rotation: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def compile_rotation(self, **options: Any) -> None:
+        """Compiles the rotation. options: those of torch.compile."""
+        self._compiled_rotation = torch.compile(rotate_both, **options)
 
     def forward(
         self,
@@ -222,8 +230,11 @@ class PackedAttention(MegatronModule):
         """query, key, value: [N, A, d]. Returns [N, A · d]."""
         row = packed_seq_params
         assert row.rotary is not None
-        q_NAd = rotate_pairs(query, row.rotary)
-        k_NAd = rotate_pairs(key, row.rotary)
+        if self._compiled_rotation is not None:
+            q_NAd, k_NAd = self._compiled_rotation(query, key, row.cos_Nd, row.sin_Nd)
+        else:
+            q_NAd = rotate_pairs(query, row.rotary)
+            k_NAd = rotate_pairs(key, row.rotary)
         if row.part is not None:
             return row.part.attend(q_NAd, k_NAd, value).flatten(1)
         if row.cache is not None:
@@ -232,6 +243,13 @@ class PackedAttention(MegatronModule):
             q_NAd, k_NAd, value, row.cu_seqlens_q, row.max_seqlen_q, causal=True
         )
         return attended_NAd.flatten(1)
+
+
+def rotate_both(
+    query: Tensor, key: Tensor, cos_Nd: Tensor, sin_Nd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotated query and key, [N, A, d], without complex numbers, which the compiler cannot fuse."""
+    return rotate(query, cos_Nd, sin_Nd), rotate(key, cos_Nd, sin_Nd)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -305,11 +323,17 @@ class GatedMLP(MLP):
     Megatron-core's own forward adds a constant 0 to the second factor, one more pass over it.
     """
 
+    activate: Callable[[Tensor], Tensor] = staticmethod(gated_gelu)
+
+    def compile_activation(self, **options: Any) -> None:
+        """Compiles what is between the matrix multiplications. options: those of torch.compile."""
+        self.activate = torch.compile(gated_gelu, **options)
+
     def forward(
         self, hidden_states: Tensor, per_token_scale: None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[N, 1, D] -> [N, 1, D] and the bias of the second layer, which is None here."""
-        return self.linear_fc2(gated_gelu(self.linear_fc1(hidden_states)[0]))
+        return self.linear_fc2(self.activate(self.linear_fc1(hidden_states)[0]))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -107,16 +107,23 @@ class MegatronLM(GPTModel):
             freeze_base(self)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles norms and MLP of each layer at their first call, and all float8 layers.
+        """Compiles norms, rotations, activations and float8 layers at their first call.
 
-        options: those of torch.compile. Attention of a packed row is not compiled: it has its own
-        kernels, or on the CPU one call for each length.
+        options: those of torch.compile. Megatron-core's linear layers are not compiled: their hooks
+        gather weights and add gradients, and the compiler would trace them anew for each layer. Nor
+        is attention of a packed row, which has its own kernels, or on the CPU one call for each
+        length.
         """
+        if self.post_process:
+            compile_blocks([self.decoder.final_layernorm], **options)
         for layer in self.decoder.layers:
-            compile_blocks([layer.input_layernorm, layer.pre_mlp_layernorm, layer.mlp], **options)
+            attention = layer.self_attention
+            compile_blocks([layer.input_layernorm, layer.pre_mlp_layernorm], **options)
+            layer.mlp.compile_activation(**options)
+            attention.core_attention.compile_rotation(**options)
             if self.fp8:  # uncompiled, scaling and rounding are passes over memory of their own
-                attention = layer.self_attention
-                compile_blocks([attention.linear_qkv, attention.linear_proj], **options)
+                linears = [attention.linear_qkv, attention.linear_proj]
+                compile_blocks([*linears, layer.mlp.linear_fc1, layer.mlp.linear_fc2], **options)
 
     def embed(self, row: LMRow, part: RowPart | None = None) -> Tensor:
         """Token embeddings, with the condition vectors at their positions.
@@ -169,6 +176,8 @@ class MegatronLM(GPTModel):
             cu_seqlens_kv=row.cu_seqlens,
             max_seqlen_q=row.max_seqlen,
             max_seqlen_kv=row.max_seqlen,
+            cos_Nd=cos_Nd,
+            sin_Nd=sin_Nd,
             rotary=torch.complex(cos_Nd, sin_Nd)[:, None],
             part=part,
             cache=cache,

@@ -28,6 +28,7 @@ from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import keyed_random, registry
 from landiff.model_zoo.device import to_device
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
+from landiff.model_zoo.layers import require_compiler
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
 from landiff.training.checkpoint.parts import StateFile, safetensors_file
@@ -74,6 +75,7 @@ class TokenizerEngine:
             self.tokenizer.load_state_dict(entry.load(), strict=True)
         self.tokenizer.set_recompute(config.recompute)
         if config.compile_blocks:
+            require_compiler(world.device)
             self.tokenizer.compile_blocks()
         self.tokenizer.to(world.device).train()
         self.sampling = KeyedSampling(config.loop.seed, world)

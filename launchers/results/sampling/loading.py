@@ -17,6 +17,7 @@ from landiff.launchers.progress import ProgressLine
 from landiff.model_zoo import frozen, registry
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.frozen.checks import width_of
+from landiff.model_zoo.layers import require_compiler
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.lora.base import apply_adapter, base_fingerprint, find_adapter
 from landiff.model_zoo.lora.config import AdapterUse, adapts, require_base
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 PARTS = ("lm", "tokenizer", "diffusion", "lm_text", "diffusion_text")
 LEVELS: dict[str, Level] = {"model": "part", "group": "block", "sequential": "layer"}
 """What moves at once, by `offload`."""
+EXCHANGED: tuple[Level, ...] = ("block", "layer")
+"""Parts of a model that have a place on the device in turn."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -87,6 +90,7 @@ def models_on_demand(config: SampleConfig, device: torch.device) -> Models:
         merge_adapters=config.merge_adapters,
         precision=config.precision,
         quantized=config.quantize == "int8",
+        compiled=is_compiled(config, device),
     )
 
     def entry_part(kind: str, model_class: type[nn.Module], *names: str) -> Any:
@@ -131,6 +135,21 @@ def models_on_demand(config: SampleConfig, device: torch.device) -> Models:
     )
 
 
+def is_compiled(config: SampleConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled. Raises ConfigError if they are to be and there is no compiler.
+
+    Not where blocks or layers exchange their weights.
+    """
+    if (
+        not config.compile_blocks
+        or device.type != "cuda"
+        or LEVELS.get(config.offload) in EXCHANGED
+    ):
+        return False
+    require_compiler(device)
+    return True
+
+
 class ModelLoader:
     """Loads `total` parts one after the other and prints which one is being loaded."""
 
@@ -145,12 +164,14 @@ class ModelLoader:
         merge_adapters: bool = True,
         precision: str | None = None,
         quantized: bool = False,
+        compiled: bool = False,
     ) -> None:
         """`adapters`: added to the models that they belong to when these are loaded.
 
         precision: of the models, see `in_precision`. None keeps that of their files.
         quantized: blocks of language and diffusion model to int8, on the CPU, so that the device
             never holds the weights before.
+        compiled: blocks of the diffusion model, at their first call.
         """
         self.zoo = zoo
         self.device = device
@@ -158,6 +179,7 @@ class ModelLoader:
         self.merge_adapters = merge_adapters
         self.precision = precision
         self.quantized = quantized
+        self.compiled = compiled
         self._progress = ProgressLine(title, "models", every_s=0.0)
         self._total = total
         self._done = 0
@@ -186,10 +208,14 @@ class ModelLoader:
     def model(self, reference: str, kind: str, model_class: type[M]) -> M:
         """The zoo entry of this kind as a module on the device, in eval mode, with its adapters."""
         if not self.quantized or kind == "tokenizer":
-            return self._load(reference, kind, model_class, self.device)
-        model = self._load(reference, kind, model_class, torch.device("cpu"))
-        quantize_blocks(model)
-        return model.to(self.device)
+            model = self._load(reference, kind, model_class, self.device)
+        else:
+            model = self._load(reference, kind, model_class, torch.device("cpu"))
+            quantize_blocks(model)
+            model = model.to(self.device)
+        if self.compiled and isinstance(model, ControlledDiffusion):
+            model.compile_blocks()
+        return model
 
     def _load(self, reference: str, kind: str, model_class: type[M], device: torch.device) -> M:
         """The model on a device, not quantized."""

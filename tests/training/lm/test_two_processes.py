@@ -212,3 +212,29 @@ def test_checkpoints_of_the_same_weights_export_to_the_same_bytes(folder, one, r
         for name in ["one", *LAYOUTS]
     }
     assert marks == {weights_fingerprint("lm", config, InitialWeights(config, 7))}
+
+
+def compiled_and_eager(world: Any, folder: Path) -> list[list[float]]:
+    """Losses with more layers than a function may be compiled for, and core's hooks on weights."""
+    import torch._dynamo.config as dynamo
+
+    parallel = {"distributed_optimizer": True, "overlap": True}
+    config = tiny_config(folder, parallel, model={"num_layers": 4})
+    found = []
+    with dynamo.patch(fail_on_recompile_limit_hit=True, recompile_limit=3):
+        for compiled in (False, True):
+            engine = MegatronEngine(config)
+            if compiled:
+                engine.model.compile_blocks(backend="eager")
+            losses = []
+            for step in range(3):
+                batch = tiny_batch(config, step, engine.dp_rank, engine.dp_size)
+                losses.append(float(engine.train_step(batch).loss))
+            engine.close()
+            found.append(losses)
+    return found
+
+
+def test_code_is_compiled_once_for_all_layers(tmp_path):
+    for eager, compiled in run_distributed(compiled_and_eager, 2, tmp_path):
+        assert compiled == pytest.approx(eager, abs=1e-5)
