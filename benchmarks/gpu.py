@@ -10,14 +10,19 @@ Rows, their limit and their peer:
     lm             the trainer's step; 50 % MFU; Megatron-core's GPT, with Transformer Engine if it
                    is installed
     diffusion      the trainer's step; 45 % MFU; diffusers' CogVideoXTransformer3DModel
+    control        the same with control branch; 45 % MFU; the step that is not compiled
+    tokenizer      the trainer's step; 40 % MFU; the step that is not compiled
     fp8            the compiled steps with float8 matmuls; the same goals; the compiled steps
                    without. No rows without the package torchao or on a GPU without float8
-    checkpoint     seconds that saving stops training; 1 s
+    checkpoint     seconds that an asynchronous save stops training; 1 s
     tokens         sampling at batch 1; reading weights and cache once a token; the model itself
     latents        sampling with guidance; peak of the device; two passes in turns, as the release
+    video          seconds from the text's states to frames, with language model and control branch;
+                   45 s; the same without CUDA graphs and compiled blocks
 
-Peers train with autocast and torch's fused AdamW. The peak of an unknown device is that of the
-fastest matmul.
+On CUDA, steps of the trainers are compiled. Peers train with autocast and torch's fused AdamW. The
+peak of an unknown device is that of the fastest matmul. Each group of rows has a process of its
+own: an error in one, such as a lack of memory, leaves the others.
 """
 
 from __future__ import annotations
@@ -26,21 +31,24 @@ import argparse
 import gc
 import importlib.util
 import logging
+import math
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import diffusion, lm, sample_lm
+from benchmarks.support.case import Case, fastest
+from benchmarks.support.isolated import Report, run_groups, write_report
 from benchmarks.support.models import (
     PRESETS,
-    autocast,
     default_precision,
     device_name,
     dtype_of,
@@ -48,7 +56,10 @@ from benchmarks.support.models import (
     matmul_peak,
     timed,
 )
+from benchmarks.support.peers import diffusers_peer, megatron_peer
 from benchmarks.support.rows import MeasuredStep, Row, table
+from benchmarks.support.trained_zoo import control_engine, tokenizer_engine
+from benchmarks.support.video import VideoSampler
 from landiff.model_zoo.attention import Backend, attention, find_installed, prefer
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.dit import DiffusionTransformer
@@ -56,38 +67,24 @@ from landiff.model_zoo.sample.latents import SamplerOptions, sample_main_latents
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training import distributed
-from landiff.training.checkpoint.parts import write_files
+from landiff.training.checkpoint.background import BackgroundWriter
+from landiff.training.engine import Engine
 from landiff.training.float8 import layers as float8
 from landiff.training.float8.requirements import PACKAGE
 from landiff.training.observe.flops import peak_flops
 
+log = logging.getLogger(__name__)
+
 LM_GOAL = 0.5  # MFU
 DIFFUSION_GOAL = 0.45
+TOKENIZER_GOAL = 0.4
 STALL_GOAL_S = 1.0
+VIDEO_GOAL_S = 45.0
 TOY_LAYERS = 1
 TOY_FFN_SIZE = 320  # a multiple of 16, for float8
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is measured. peak: FLOP/s of the device. samples: clips of a step."""
-
-    sizes: ModelConfig
-    world: distributed.World
-    precision: str
-    peak: float
-    samples: int
-    text_length: int
-    sampling_steps: int
-    repeats: int
-
-    @property
-    def device(self) -> torch.device:
-        """Device of all rows."""
-        return self.world.device
-
-
-def lm_step(case: Case, seconds: float, peer: float, memory: int) -> MeasuredStep:
+def lm_step(case: Case, seconds: float, peer: float | None, memory: int) -> MeasuredStep:
     """A step of the language model."""
     sizes = case.sizes.lm
     length = TokenLayout.of(sizes).sequence_length(sizes.segment_frames, case.text_length)
@@ -96,16 +93,44 @@ def lm_step(case: Case, seconds: float, peer: float, memory: int) -> MeasuredSte
     return MeasuredStep(tokens, "tokens/s", flops, LM_GOAL, seconds, peer, memory)
 
 
-def diffusion_step(case: Case, seconds: float, peer: float, memory: int) -> MeasuredStep:
+def diffusion_step(case: Case, seconds: float, peer: float | None, memory: int) -> MeasuredStep:
     """A step of the main transformer."""
     flops = diffusion.step_flops(case.sizes.diffusion.transformer, case.samples)
     return MeasuredStep(case.samples, "clips/s", flops, DIFFUSION_GOAL, seconds, peer, memory)
 
 
-def fastest(work: Callable[[], object], case: Case) -> float:
-    """Seconds of the fastest of `case.repeats` calls after one that warms up."""
-    work()
-    return min(timed(work, case.device) for _ in range(case.repeats))
+def compiled(case: Case) -> dict[str, Any]:
+    """Changes of a training config: compiled blocks on CUDA, as in the packaged configs."""
+    return {"compile_blocks": case.device.type == "cuda"}
+
+
+def if_possible(name: str, measure: Callable[[], float]) -> float | None:
+    """The result of `measure`; None, with a message, if it fails, so that other numbers remain."""
+    try:
+        return measure()
+    except Exception as error:
+        log.warning("%s failed: %s: %s", name, type(error).__name__, error)
+        return None
+
+
+def stall_seconds(engine: Engine, folder: Path, device: torch.device) -> float:
+    """Seconds for which the second asynchronous save of an engine stops training."""
+    writer = BackgroundWriter(device)
+    writer.prepare(engine.state_files())
+    seconds = 0.0
+    for number in range(2):  # the first one waits until the buffer is pinned
+        checkpoint = folder / f"checkpoint_{number}"
+        checkpoint.mkdir()
+        seconds = timed(partial(_save, writer, checkpoint, engine), device)
+        answer = writer.answer()
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+    writer.close()
+    return seconds
+
+
+def _save(writer: BackgroundWriter, folder: Path, engine: Engine) -> None:
+    writer.begin_write(folder, engine.state_files())
 
 
 @contextmanager
@@ -141,7 +166,9 @@ def attention_rows(case: Case) -> list[Row]:
         def step() -> None:
             torch.autograd.grad(attention(*leaves).sum(), leaves)
 
-        rates[backend] = flops / fastest(step, case)
+        seconds = if_possible(f"attention {backend}", lambda: fastest(step, case))
+        if seconds is not None:
+            rates[backend] = flops / seconds
     prefer(None)
     rows = []
     for backend, rate in rates.items():
@@ -150,67 +177,11 @@ def attention_rows(case: Case) -> list[Row]:
             rate / 1e12,
             "TFLOP/s",
             case.peak / 1e12,
-            rates["torch"] / 1e12,
+            rates.get("torch", math.nan) / 1e12,
             rate / case.peak,
         )
         rows.append(row)
     return rows
-
-
-def training_peer(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """A step of AdamW on `loss`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-
-    return step
-
-
-def megatron_peer(case: Case, length: int) -> Callable[[], None]:
-    """A step of Megatron-core's own GPT, in a process whose engine has set up its groups."""
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    sizes = case.sizes.lm
-    vocabulary = -(-TokenLayout.of(sizes).vocab_size // 8) * 8
-    if importlib.util.find_spec("transformer_engine") is not None and case.device.type == "cuda":
-        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
-    else:
-        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
-    config = TransformerConfig(
-        num_layers=sizes.num_layers,
-        hidden_size=sizes.hidden_size,
-        num_attention_heads=sizes.num_heads,
-        ffn_hidden_size=sizes.ffn_size,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=nn.functional.gelu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        use_cpu_initialization=case.device.type != "cuda",
-    )
-    model = GPTModel(
-        config, spec, vocabulary, max_sequence_length=length, position_embedding_type="rope"
-    ).to(case.device)
-    ids_BS = torch.randint(0, vocabulary, (case.samples, length), device=case.device)
-    positions_BS = torch.arange(length, device=case.device).expand(case.samples, -1)
-
-    def loss() -> Tensor:
-        with autocast(case.precision, case.device):
-            return model(ids_BS, positions_BS, None, labels=ids_BS).mean()
-
-    return training_peer(model, loss)
 
 
 def lm_rows(case: Case) -> list[Row]:
@@ -221,44 +192,24 @@ def lm_rows(case: Case) -> list[Row]:
     sizes = case.sizes.lm
     length = TokenLayout.of(sizes).sequence_length(sizes.segment_frames, case.text_length)
     with tempfile.TemporaryDirectory() as folder:
-        config = lm.train_config(sizes, Path(folder), case.samples, case.precision)
+        config = lm.train_config(
+            sizes, Path(folder), case.samples, case.precision, **compiled(case)
+        )
         batch = lm.make_batch(config, case.text_length)
         with measured_memory(case.device) as memory:
             engine = MegatronEngine(config)
             seconds = fastest(lambda: engine.train_step(batch), case)
             peak_memory = memory()
-        checkpoint = Path(folder) / "checkpoint"
-        checkpoint.mkdir()
-        stall = timed(lambda: write_files(checkpoint, engine.state_files()), case.device)
+        stall = stall_seconds(engine, Path(folder), case.device)
         with megatron_device():
-            peer = fastest(megatron_peer(case, length), case)
+            peer = if_possible(
+                "Megatron-core's GPT", lambda: fastest(megatron_peer(case, length), case)
+            )
         engine.close()
     return [
         lm_step(case, seconds, peer, peak_memory).row("lm step", case.peak),
         Row("lm checkpoint", stall, "s", STALL_GOAL_S),
     ]
-
-
-def diffusers_peer(case: Case) -> Callable[[], None]:
-    """A step of diffusers' transformer of the same size."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    from landiff.model_zoo.convert.formats.diffusers_transformer import diffusers_config
-
-    sizes = case.sizes.diffusion.transformer
-    model = CogVideoXTransformer3DModel(**diffusers_config(sizes)).to(case.device)
-    shape = (sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width)
-    latents_BTCHW = torch.randn(case.samples, *shape, device=case.device)
-    text_shape = (case.samples, sizes.text_length, sizes.text_dim)
-    text_BLD = torch.randn(text_shape, device=case.device)
-    timestep_B = torch.randint(0, 1000, (case.samples,), device=case.device)
-
-    def loss() -> Tensor:
-        with autocast(case.precision, case.device):
-            (out,) = model(latents_BTCHW, text_BLD, timestep_B, return_dict=False)
-        return (out.float() - latents_BTCHW).square().mean()
-
-    return training_peer(model, loss)
 
 
 def diffusion_rows(case: Case) -> list[Row]:
@@ -268,25 +219,63 @@ def diffusion_rows(case: Case) -> list[Row]:
     sizes = case.sizes.diffusion.transformer
     schedule = case.sizes.schedule
     with tempfile.TemporaryDirectory() as folder:
-        config = diffusion.train_config(sizes, schedule, Path(folder), case.samples, case.precision)
+        config = diffusion.train_config(
+            sizes, schedule, Path(folder), case.samples, case.precision, **compiled(case)
+        )
         batch = diffusion.make_batch(config)
         with measured_memory(case.device) as memory:
             engine = build_engine(config, case.world)
             seconds = fastest(lambda: engine.train_step(batch), case)
             peak_memory = memory()
-        checkpoint = Path(folder) / "checkpoint"
-        checkpoint.mkdir()
-        stall = timed(lambda: write_files(checkpoint, engine.state_files()), case.device)
-        peer = fastest(diffusers_peer(case), case)
+        stall = stall_seconds(engine, Path(folder), case.device)
+        peer = if_possible("diffusers' model", lambda: fastest(diffusers_peer(case), case))
     return [
         diffusion_step(case, seconds, peer, peak_memory).row("diffusion step", case.peak),
         Row("diffusion checkpoint", stall, "s", STALL_GOAL_S),
     ]
 
 
+def control_rows(case: Case) -> list[Row]:
+    """The diffusion trainer's step in phase control."""
+    with tempfile.TemporaryDirectory() as folder:
+        with measured_memory(case.device) as memory:
+            train_step, flops = control_engine(case, Path(folder), compiled(case))
+            seconds = fastest(train_step, case)
+            peak_memory = memory()
+        eager, _ = control_engine(case, Path(folder), {})
+        peer = if_possible("the step that is not compiled", lambda: fastest(eager, case))
+    step = MeasuredStep(case.samples, "clips/s", flops, DIFFUSION_GOAL, seconds, peer, peak_memory)
+    return [step.row("control step", case.peak)]
+
+
+def tokenizer_rows(case: Case) -> list[Row]:
+    """The tokenizer trainer's step."""
+    with tempfile.TemporaryDirectory() as folder:
+        with measured_memory(case.device) as memory:
+            train_step, flops = tokenizer_engine(case, Path(folder), compiled(case))
+            seconds = fastest(train_step, case)
+            peak_memory = memory()
+        eager, _ = tokenizer_engine(case, Path(folder), {})
+        peer = if_possible("the step that is not compiled", lambda: fastest(eager, case))
+    step = MeasuredStep(case.samples, "clips/s", flops, TOKENIZER_GOAL, seconds, peer, peak_memory)
+    return [step.row("tokenizer step", case.peak)]
+
+
+def video_rows(case: Case) -> list[Row]:
+    """A whole video, from the states of a text to frames."""
+    with measured_memory(case.device) as memory:
+        sampler = VideoSampler(case)
+        peer = fastest(lambda: sampler.sample(graphs=False), case)
+        if case.device.type == "cuda":
+            sampler.compile_blocks()
+        seconds = fastest(lambda: sampler.sample(graphs=None), case)
+        return [Row("video", seconds, "s", VIDEO_GOAL_S, peer, memory=memory())]
+
+
 def float8_rows(case: Case) -> list[Row]:
     """The trainers' steps with `fp8`, against the same steps without it."""
     if importlib.util.find_spec(PACKAGE) is None or not float8.is_supported(case.device):
+        log.warning("no rows of fp8: %s or a device with float8 is missing", PACKAGE)
         return []
     works = [
         ("lm step fp8", lm_seconds, lm_step),
@@ -391,7 +380,10 @@ ROWS: dict[str, Callable[[Case], list[Row]]] = {
     "lm": lm_rows,
     "diffusion": diffusion_rows,
     "fp8": float8_rows,
+    "control": control_rows,
+    "tokenizer": tokenizer_rows,
     "sampling": sampling_rows,
+    "video": video_rows,
 }
 
 
@@ -414,6 +406,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--text-length", type=int, default=64, help="text tokens of a clip")
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # of a process of rows
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -441,11 +434,27 @@ def make_case(options: argparse.Namespace, world: distributed.World) -> Case:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints the table."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and prints the table. Returns 1 if a group of rows failed."""
     options = parse_arguments(arguments)
+    if options.report is not None:
+        measure(options)
+        return 0
     if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("no CUDA device is visible; --dry-run measures toy sizes on the CPU")
+    command = [str(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    reports, failed = run_groups("benchmarks.gpu", command, options.only)
+    rows = [row for report in reports for row in report.rows]
+    if reports:
+        print(reports[0].title)
+        print(table(rows))
+    for name, text in failed.items():
+        print(f"{name} failed: {text}")
+    return 1 if failed else 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measures the groups of rows in this process, and writes them to the file of the report."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     with distributed.start() as world:
@@ -454,12 +463,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.only:
             rows += ROWS[name](case)
     name = "toy sizes" if options.dry_run else options.preset
-    print(
+    title = (
         f"{name}, {case.precision}, {case.samples} clips a step; {device_name(case.device)}; peak "
         f"{case.peak / 1e12:.3g} TFLOP/s"
     )
-    print(table(rows))
+    write_report(options.report, Report(title, rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,9 +24,10 @@ class Row:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A training step. amount: tokens or clips of a step. seconds: of ours, peer: of the other.
+    """A training step. amount: tokens or clips of a step. seconds: of ours.
 
-    goal: MFU. memory: largest allocation in bytes.
+    peer: seconds of the other, None if it could not be measured. goal: MFU. memory: largest
+    allocation in bytes.
     """
 
     amount: int
@@ -34,7 +35,7 @@ class MeasuredStep:
     flops: float
     goal: float
     seconds: float
-    peer: float
+    peer: float | None
     memory: int
 
     def row(self, name: str, peak: float) -> Row:
@@ -44,7 +45,7 @@ class MeasuredStep:
             self.amount / self.seconds,
             self.unit,
             self.goal * peak / self.flops * self.amount,
-            self.amount / self.peer,
+            None if self.peer is None else self.amount / self.peer,
             self.flops / self.seconds / peak,
             self.memory,
         )

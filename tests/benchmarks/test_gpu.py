@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import gpu
-from benchmarks.support.rows import Row, table
+from benchmarks.support.isolated import run_groups
+from benchmarks.support.rows import MeasuredStep, Row, table
 from tests.distributed import run_distributed
 from tests.quantize_package import add_torchao
 
@@ -38,11 +39,33 @@ def test_every_row_has_a_value_a_limit_and_a_peer():
         "lm checkpoint",
         "diffusion step",
         "diffusion checkpoint",
+        "control step",
+        "tokenizer step",
         "sampled tokens",
         "sampled latents",
+        "video",
     ]
     for row in rows:
         assert row.value > 0 and row.limit is not None, row
-        assert row.peer is not None or row.unit == "s", row
+        assert row.peer is not None or "checkpoint" in row.name, row
     text = table(rows)
     assert len(text.splitlines()) == 1 + len(rows)
+
+
+def test_a_group_that_fails_leaves_the_others():
+    reports, failed = run_groups(
+        "tests.benchmarks.rows_of_groups", ["--x"], ["good", "bad", "fine"]
+    )
+    assert [row.name for report in reports for row in report.rows] == ["good", "fine"]
+    assert list(failed) == ["bad"] and "exit code 3" in failed["bad"]
+    assert "good" in table([row for report in reports for row in report.rows])
+
+
+def test_a_peer_that_fails_leaves_the_row(caplog):
+    def measure() -> float:
+        raise ImportError("no Transformer Engine")
+
+    assert gpu.if_possible("the peer", measure) is None
+    assert "the peer failed: ImportError: no Transformer Engine" in caplog.text
+    step = MeasuredStep(2, "clips/s", 1e9, 0.5, seconds=0.1, peer=None, memory=0)
+    assert table([step.row("step", 1e12)]).splitlines()[1].split()[-1] == "-"
