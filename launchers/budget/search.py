@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ DIVIDING_KEYS = (
     "sequence_parallel",
     "zero.hpz_partition_size",
 )
+NEAR = 1 / 8  # change of a batch size that is smaller than that of a micro-batch size
 MOST_SLOWDOWN = 1.5  # of a suggested layout, compared with the fastest that fits
 
 
@@ -77,24 +79,49 @@ def reference_speed(config: AnyTrainConfig, gpus: int, gpu: Gpu, speed: Speed) -
 
 def way_out(config: AnyTrainConfig, gpus: int, gpu: Gpu, speed: Speed) -> str:
     """The smallest change with which `config` runs on `gpus` GPUs, as a part of a message."""
-    found = search(config, gpus, gpu, speed)
-    if not found:
-        return (
-            f"no layout fits {gpus:,} GPUs of {gpu.memory_gib:g} GiB with data.global_batch_size = "
-            f"{config.data.global_batch_size}; change the batch or the number of GPUs"
-        )
     data = config.model_dump(mode="json")
+    for batch in batch_sizes(config, gpus):
+        change: Change = {"data.global_batch_size": batch}
+        try:
+            found = search(changed(config, change), gpus, gpu, speed)
+        except ConfigError:
+            continue  # another part of the config depends on the batch
+        if found:
+            words = []
+            for key, value in differences(data, change | smallest(data, found).change).items():
+                words.append(f"{key}={yaml_text(value)}")
+            return f"the smallest change that does: {' '.join(words)}"
+    return (
+        f"no layout fits {gpus:,} GPUs of {gpu.memory_gib:g} GiB with data.global_batch_size = "
+        f"{config.data.global_batch_size}; change the model or the number of GPUs"
+    )
+
+
+def batch_sizes(config: AnyTrainConfig, gpus: int) -> list[int]:
+    """Global batch sizes to try: that of `config`, then the nearest that divide over the GPUs.
+
+    First those that keep the micro-batches, if they are near.
+    """
+    size = config.data.global_batch_size
+    tried = [size]
+    for unit, most in ((gpus * config.data.micro_batch_size, NEAR * size), (gpus, math.inf)):
+        below = size // unit * unit
+        near = [batch for batch in (below, below + unit) if batch and abs(batch - size) <= most]
+        tried += sorted(near, key=lambda batch: abs(batch - size))
+    return list(dict.fromkeys(tried))
+
+
+def smallest(data: Mapping[str, Any], found: Sequence[Candidate]) -> Candidate:
+    """The candidate that changes the fewest keys of the config `data`."""
     # A change of one key may leave most of the GPUs idle, as a long pipeline with one micro-batch.
     fast = [each for each in found if each.seconds <= MOST_SLOWDOWN * found[0].seconds]
-    best = min(fast, key=lambda candidate: (len(differences(data, candidate)), candidate.seconds))
-    words = [f"{key}={yaml_text(value)}" for key, value in differences(data, best).items()]
-    return f"the smallest change that does: {' '.join(words)}"
+    return min(fast, key=lambda each: (len(differences(data, each.change)), each.seconds))
 
 
-def differences(data: Mapping[str, Any], candidate: Candidate) -> Change:
-    """The keys of a candidate with another value than in the config `data`."""
+def differences(data: Mapping[str, Any], change: Change) -> Change:
+    """The keys of a change with another value than in the config `data`."""
     found: Change = {}
-    for key, value in candidate.change.items():
+    for key, value in change.items():
         node: Any = data
         for part in key.split("."):
             node = node[part]

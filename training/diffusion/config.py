@@ -318,7 +318,8 @@ class DiffusionTrainConfig(TrainConfig):
         default=False,
         description=(
             "Compile the blocks of the transformers with torch.compile, which needs a compiler. "
-            "Faster on CUDA, but the start takes minutes longer. Results differ by rounding."
+            "Faster on CUDA, but the start takes minutes longer. Results differ by rounding. No "
+            "effect with zero.stage = 3, which gathers the weights of each block in Python."
         ),
     )
     preview_codec: CodecConfig | None = Field(
@@ -341,6 +342,11 @@ class DiffusionTrainConfig(TrainConfig):
         ),
     )
 
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled."""
+        return self.compile_blocks and self.zero.stage != 3
+
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> DiffusionTrainConfig:
         problems = []
@@ -356,11 +362,6 @@ class DiffusionTrainConfig(TrainConfig):
             problems.append("lora needs init_from, the zoo reference of the weights it adapts")
         if self.preview_prompts:
             problems += self._prompt_problems()
-        if self.compile_blocks and self.zero.stage == 3:
-            problems.append(
-                "compile_blocks = true does not work with zero.stage = 3, which gathers the "
-                "weights of each block in Python; set zero.stage to 1 or 2"
-            )
         if self.offload_activations and not self.recompute:
             problems.append(
                 "offload_activations = true keeps the inputs of recomputed blocks on the host; set "

@@ -276,7 +276,7 @@ def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:
     """The engine of a config. Collective, after `landiff.training.distributed.start`."""
     if config.fp8:
         float8.require_device(world.device)
-    if config.compile_blocks:
+    if config.compiles:
         require_compiler(world.device)
     objective = Objective(config, world.device, load_tokenizer(config, world.device))
     return DeepSpeedEngine(config, world, build_phase_model(config), objective)

@@ -51,7 +51,7 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
         _select_trained(model, config)
     if config.fp8:
         float8.convert(model, lambda name: FLOAT8_LAYERS.fullmatch(name) is not None)
-    if config.compile_blocks:
+    if config.compiles:
         model.compile_blocks()
     return model
 

@@ -370,7 +370,7 @@ class LMTrainConfig(TrainConfig):
         if self.compile_blocks:
             problems.append(
                 "compile_blocks recomputes elementwise operations already; set selective_recompute "
-                "= false"
+                "= false, or compile_blocks = false"
             )
         if self.layers == "te":
             problems.append(

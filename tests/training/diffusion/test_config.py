@@ -175,3 +175,12 @@ def test_weights_are_a_function_of_the_seed(tmp_path):
     )
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["input.text.weight"], other["input.text.weight"])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_blocks_are_not_compiled_with_stage_3(tmp_path, stage):
+    """Their weights are gathered by hooks in Python."""
+    changed = config(tmp_path, zero__stage=stage, compile_blocks=True)
+    module = build_phase_model(changed)
+    compiled = [block._compiled_call_impl is not None for block in module.blocks]
+    assert all(compiled) == any(compiled) == (stage == 1)
