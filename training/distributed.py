@@ -209,6 +209,7 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
         raise ConfigError(f"RANK = {rank} does not fit WORLD_SIZE = {size}; the launcher sets both")
     # Libraries read these variables.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    _connect_gloo_on_demand()
     _set_up_logging(rank)
     _limit_threads()
     device = _device(local_rank)
@@ -290,6 +291,15 @@ def _set_up_logging(rank: int) -> None:
     logging.getLogger("landiff").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
+def _connect_gloo_on_demand() -> None:
+    """Let gloo connect two ranks when they first exchange data. Call before the first group.
+
+    Otherwise each group connects all pairs of its ranks, and the start takes longer with more
+    ranks.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+
+
 def _limit_threads() -> None:
     """Divide the cores of this process among the ranks of the node, unless OMP_NUM_THREADS is set.
 
@@ -334,3 +344,8 @@ def _join(world: World, timeout: timedelta) -> None:
     )
     if world.size > 1:
         world.control = dist.new_group(backend="gloo", timeout=timeout)
+        # Connects neighbors. A rank whose neighbor ends gets an error from then on; before, it
+        # would wait for the connection without end.
+        world.barrier()
+        if world.backend == "gloo":
+            dist.barrier()

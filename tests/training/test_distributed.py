@@ -49,8 +49,8 @@ def fail_on_rank_1(run):
 
 
 def test_a_failed_rank_leaves_its_reason_and_the_others_end(tmp_path):
-    ranks = nursery(__name__).start(fail_on_rank_1, 2, (tmp_path,))
-    assert ranks.wait(60) == [1, 1]
+    ranks = nursery(__name__).start(fail_on_rank_1, 4, (tmp_path,))
+    assert ranks.wait(60) == [1, 1, 1, 1]
     path = first_error(tmp_path)
     assert path == tmp_path / "errors" / "rank_0001.txt"
     text = path.read_text()

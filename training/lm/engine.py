@@ -46,6 +46,7 @@ from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_
 from landiff.training.lm.batch import LazyRows, LMRow, RowCache, pack
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel, without_replacements
+from landiff.training.lm.groups import create_groups, destroy_groups
 from landiff.training.lm.layers import RowPart
 from landiff.training.lm.lora import InitialAdapter, adapter_of
 from landiff.training.lm.model import (
@@ -83,13 +84,7 @@ class MegatronEngine:
                 float8.require_device(self.device)
             if config.compile_blocks:
                 require_compiler(self.device)
-            parallel_state.initialize_model_parallel(
-                config.parallel.tensor,
-                config.parallel.pipeline,
-                virtual_pipeline_model_parallel_size=config.parallel.virtual_stages,
-                context_parallel_size=config.parallel.context,
-                distributed_timeout_minutes=round(config.loop.collective_timeout_s / 60),
-            )
+            create_groups(config)
             self.dp_rank = parallel_state.get_data_parallel_rank()
             seed_tensor_parallel(config.loop.seed)
             self.chunks = ModelChunks(config)
@@ -159,6 +154,7 @@ class MegatronEngine:
             self.ddps,
             # Megatron-core leaves the division into groups to its caller.
             _group_overrides(self.chunks, names, optim),
+            use_gloo_process_groups=False,
         )
         checkpoint.prepare_optimizer(optimizer, fused=bool(optim.fused))
         return optimizer
@@ -421,13 +417,7 @@ class MegatronEngine:
 
         The engine cannot be used any more. Collective.
         """
-        dist.barrier()  # until no other rank needs a group
-        for group in getattr(parallel_state, "_global_process_group_list", None) or []:
-            # None stands for the default group, which belongs to `landiff.training.distributed`.
-            if group is not None:
-                # Megatron-core would drop the group and leave its threads running.
-                dist.destroy_process_group(group)
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         # Threads of a group poll until nothing refers to it, and the model is full of cycles.
         vars(self).clear()
         gc.collect()
