@@ -61,7 +61,10 @@ class DeepSpeedEngine:
         module: DiffusionTransformer | ControlledDiffusion,
         objective: Objective,
     ) -> None:
-        """`module`: float32, equal on all ranks. Parameters without gradient never change."""
+        """`module`: equal on all ranks. Parameters without gradient never change.
+
+        With `precision: bf16` it may be in bfloat16 already, to which DeepSpeed casts it.
+        """
         check_batch(config, world.size)  # raises before DeepSpeed does, with a better message
         self.config = config
         self.world = world
@@ -279,4 +282,7 @@ def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:
     if config.compiles:
         require_compiler(world.device)
     objective = Objective(config, world.device, load_tokenizer(config, world.device))
-    return DeepSpeedEngine(config, world, build_phase_model(config), objective)
+    dtype = torch.float32
+    if config.precision == "bf16":
+        dtype = torch.bfloat16
+    return DeepSpeedEngine(config, world, build_phase_model(config, dtype, world.device), objective)

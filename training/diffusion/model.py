@@ -17,15 +17,22 @@ from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
 from landiff.training.diffusion.config import START_KINDS, DiffusionTrainConfig
 from landiff.training.float8 import layers as float8
+from landiff.training.initial import copy_weights, weights_in
 
+CPU = torch.device("cpu")
 # The other layers are small, or like modulations multiply one row for each clip.
 FLOAT8_LAYERS = re.compile(r"(?:.*\.)?blocks\.\d+\.(?:qkv|out|mlp_in|mlp_out)")
 
 
-def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | ControlledDiffusion:
-    """The float32 module of a phase, complete on the CPU of each rank.
+def build_phase_model(
+    config: DiffusionTrainConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> DiffusionTransformer | ControlledDiffusion:
+    """The module of a phase, with weights in `dtype` on `device`. ZeRO partitions it afterwards.
 
-    It takes 8 GB at the paper's size. ZeRO partitions it afterwards.
+    Weights are drawn in float32 or read one at a time, and host memory holds only one of them that
+    does not stay there.
 
     Phase main: the main transformer. Phase control: the whole model with the main transformer
     frozen. If `init_from` is a main transformer, the control branch starts as a copy of its first
@@ -38,16 +45,23 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
     """
     control = config.phase == "control"
     model: DiffusionTransformer | ControlledDiffusion
-    with rng.seeded(config.loop.seed, "weights", control):
+    start: ZooEntry | None = None
+    if config.init_from is not None:
+        start = registry.resolve(config.zoo, config.init_from, kind=START_KINDS)
+    drawing = start is None or (control and start.kind == "transformer")
+    with (
+        rng.seeded(config.loop.seed, "weights", control),
+        weights_in(dtype, device, drawing=drawing),
+    ):
         if control:
             model = ControlledDiffusion(config.model)
         else:
             model = DiffusionTransformer(config.model.transformer)
     model.recompute = config.recompute
     model.keep_inputs_on_host = config.offload_activations
-    if config.init_from is not None:
-        load_start(model, registry.resolve(config.zoo, config.init_from, kind=START_KINDS))
-    with rng.seeded(config.loop.seed, "lora", control):
+    if start is not None:
+        load_start(model, start)
+    with rng.seeded(config.loop.seed, "lora", control), weights_in(dtype, device):
         _select_trained(model, config)
     if config.fp8:
         float8.convert(model, lambda name: FLOAT8_LAYERS.fullmatch(name) is not None)
@@ -96,19 +110,19 @@ def adapter_of(config: DiffusionTrainConfig) -> AdapterConfig | None:
 
 
 def load_start(model: DiffusionTransformer | ControlledDiffusion, entry: ZooEntry) -> None:
-    """Set the weights before the first step from a main transformer or a whole diffusion model."""
-    weights = entry.load()
+    """Set the weights before the first step from a main transformer or a whole diffusion model.
+
+    Raises ConfigError for damaged files, NaN and infinity.
+    """
+    registry.require_intact(entry)
+    weights = entry.lazy()
     if entry.kind == "diffusion" and isinstance(model, DiffusionTransformer):
-        main = {}
-        for name, tensor in weights.items():
-            if name.startswith(MAIN):
-                main[name.removeprefix(MAIN)] = tensor
-        model.load_state_dict(main, strict=True)
+        copy_weights(model, weights.without_prefix(MAIN), entry.reference)
     elif entry.kind == "transformer" and isinstance(model, ControlledDiffusion):
-        model.transformer.load_state_dict(weights, strict=True)
+        copy_weights(model.transformer, weights, entry.reference)
         model.copy_main_to_control()
     else:
-        model.load_state_dict(weights, strict=True)
+        copy_weights(model, weights, entry.reference)
 
 
 def freeze_main(model: ControlledDiffusion) -> None:

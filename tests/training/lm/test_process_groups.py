@@ -59,7 +59,7 @@ def create(
         members = {}
         for group, name in c10d._world.pg_names.items():
             if group is not dist.group.WORLD:
-                members[name] = dist.get_process_group_ranks(group)
+                members[str(name)] = dist.get_process_group_ranks(group)
         return calls.count, members, c10d._world.group_count
     finally:
         dist.new_group = calls.function
@@ -107,8 +107,7 @@ def test_no_communicator_of_all_ranks_is_split_for_a_group(tmp_path, monkeypatch
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
     try:
         device = torch.device("cuda", 0)
-        world = dist.group.WORLD
-        assert world is not None
+        world: Any = dist.group.WORLD
         world.bound_device_id = device
         monkeypatch.setattr(c10d, "_new_process_group_helper", record)
         create_groups(tiny_config(tmp_path, {"tensor": 2}))
