@@ -45,8 +45,13 @@ from landiff.training.lm import checkpoint, sampling, validation
 from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_weights, parts_of
 from landiff.training.lm.batch import LazyRows, LMRow, RowCache, pack
 from landiff.training.lm.config import LMTrainConfig
-from landiff.training.lm.device import megatron_device, seed_tensor_parallel, without_replacements
-from landiff.training.lm.groups import create_groups, destroy_groups
+from landiff.training.lm.device import (
+    create_groups,
+    destroy_groups,
+    megatron_device,
+    seed_tensor_parallel,
+    without_replacements,
+)
 from landiff.training.lm.layers import RowPart
 from landiff.training.lm.lora import InitialAdapter, adapter_of
 from landiff.training.lm.model import (

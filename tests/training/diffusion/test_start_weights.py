@@ -30,10 +30,10 @@ from landiff.training.diffusion.model import (
     build_phase_model,
     load_start,
     load_tokenizer,
+    weights_in,
 )
 from landiff.training.diffusion.step import Objective
 from landiff.training.float8 import layers as float8
-from landiff.training.initial import weights_in
 from tests.distributed import run_distributed
 from tests.quantize_package import torchao  # noqa: F401 - a fixture
 from tests.training.diffusion.tiny import MODEL, batch, config, make_zoo

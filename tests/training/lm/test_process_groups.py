@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from torch.distributed import distributed_c10d as c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from landiff.training.lm.device import create_groups
 from landiff.training.lm.engine import MegatronEngine
-from landiff.training.lm.groups import create_groups
 from tests.distributed import run_distributed
 from tests.training.lm.samples import steps, tiny_config
 
