@@ -57,6 +57,7 @@ class VideoProbe:
     conversions: tuple[str, ...] = ()  # those that make its first frame progressive SDR
     failure: DecodeFailure | None = None
     is_image: bool = False  # it has one frame
+    missing_s: float = 0.0  # that its container promises beyond its end
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; an infinite end of a shot is None."""
@@ -66,6 +67,8 @@ class VideoProbe:
         plain = asdict(self) | {"shots": shots}
         if not self.is_image:
             del plain["is_image"]  # as in probes from before there were images
+        if not self.missing_s:
+            del plain["missing_s"]  # as in older probes
         return plain
 
     @classmethod
@@ -121,6 +124,7 @@ class VideoProber:
             crop,
             info.conversions,
             is_image=info.is_image,
+            missing_s=info.missing_s,
         )
 
     def _find_shots(self, batches: Iterator[Scanned]) -> Shots:

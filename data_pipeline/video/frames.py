@@ -25,6 +25,7 @@ from landiff.data_pipeline.video.color import (
     refuse_dolby_vision,
     tags_of,
 )
+from landiff.data_pipeline.video.promised import missing_s, promised_s
 from landiff.data_pipeline.video.protocol import DecodeFailure, Refused, VideoInfo
 
 # Errors that PyAV raises on damaged files, its own and others (measured on mutated files). Any
@@ -287,7 +288,9 @@ def probe(file: io.RawIOBase, max_pixels: int, hdr: str, interlaced: str) -> Vid
         conversions: tuple[str, ...] = ()
         searching = True  # for the first picture
         extent = PacketExtent()
+        whole = PacketExtent()  # with packets that are not displayed
         for packet in video.packets():
+            whole.add(packet, default_ticks=frame_ticks)
             if packet.is_discard:
                 continue
             extent.add(packet, default_ticks=frame_ticks)
@@ -306,6 +309,9 @@ def probe(file: io.RawIOBase, max_pixels: int, hdr: str, interlaced: str) -> Vid
             aspect=aspect,
             conversions=conversions,
             is_image=extent.packets == 1,
+            missing_s=missing_s(
+                promised_s(video.container, video.stream), float(whole.ticks * time_base), rate
+            ),
         )
 
 

@@ -88,6 +88,7 @@ class VideoInfo:
     aspect: float = 0.0  # width / height as displayed: rotated, with square pixels
     conversions: tuple[str, ...] = ()  # needed by the first frame: "smpte2084/bt2020", "bwdif"
     is_image: bool = False  # it has one frame
+    missing_s: float = 0.0  # that the container promises beyond the last packet
 
 
 @dataclass(frozen=True)

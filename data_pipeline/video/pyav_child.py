@@ -35,6 +35,7 @@ from landiff.data_pipeline.video.frames import (
     timed_frames,
 )
 from landiff.data_pipeline.video.picture import Picture
+from landiff.data_pipeline.video.promised import missing_s, promised_s, truncated_detail
 from landiff.data_pipeline.video.protocol import (
     DecodeFailure,
     DecodeRequest,
@@ -210,13 +211,20 @@ class Session:
             return self.failure
         assert self.upcoming is not None
         if self._is_due(target):
-            return DecodeFailure("too_short", f"ends after {self.upcoming[0]:.3f} s")
+            return self._failure_after_end(self.upcoming[0])
         if self.shown is None:
             return DecodeFailure("too_short")
         if self._is_suspect(self.shown, self.upcoming):
             detail = f"frame {self.number - 1} at {self.shown[0]:.3f} s"
             return DecodeFailure("corrupt_frame", detail)
         return None
+
+    def _failure_after_end(self, end_s: float) -> DecodeFailure:
+        """Why there are no frames after `end_s`, the end of the last frame."""
+        promised = promised_s(self.video.container, self.video.stream)
+        if missing_s(promised, end_s, frame_rate(self.video)):
+            return DecodeFailure("truncated", truncated_detail(end_s, promised))
+        return DecodeFailure("too_short", f"ends after {end_s:.3f} s")
 
     def _is_suspect(self, shown: JudgedFrame, upcoming: JudgedFrame) -> bool:
         """Whether the current frame may be damaged, or would be after deinterlacing."""

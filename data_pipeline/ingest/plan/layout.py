@@ -23,6 +23,7 @@ from landiff.data_pipeline.ingest.plan.probes import read_probes
 from landiff.data_pipeline.ingest.plan.rows import SourceRow
 from landiff.data_pipeline.ingest.shots import VideoProbe
 from landiff.data_pipeline.ingest.sources.entries import SourceClip
+from landiff.data_pipeline.video.promised import truncated_detail
 
 BYTES_PER_FILE = 32 << 20  # of rows whose keys are in memory together
 MAX_FILES = 256
@@ -51,7 +52,7 @@ def plan_shards(config: ShardsConfig, rows: Path) -> Iterator[PlannedShard]:
                 continue
             spans = list(plan_spans(config, row.clip, probe))
             if not spans:
-                layout.reject(row, "too_short", _too_short(config, row.clip, probe))
+                layout.reject(row, *_too_short(config, row.clip, probe))
             for start_s, shape in spans:
                 if duplicate is not None and duplicate[0] == number:
                     detail = _duplicate_detail(row.clip, start_s, first_name=duplicate[1])
@@ -256,14 +257,21 @@ def _duplicate_detail(clip: SourceClip, start_s: float, *, first_name: str) -> s
     return detail
 
 
-def _too_short(config: ShardsConfig, clip: SourceClip, probe: VideoProbe) -> str:
-    """Detail of a reject: how long the clip is, and how long it must be."""
+def _too_short(config: ShardsConfig, clip: SourceClip, probe: VideoProbe) -> tuple[str, str]:
+    """Reason and detail of a reject: how long the clip is, and how long it must be.
+
+    A clip that lies in the missing part of a truncated video is truncated, not too short.
+    """
     length_s = max(0.0, min(clip.end_s, probe.duration_s) - clip.start_s)
     shapes = shapes_for(config.shapes, is_image=probe.is_image) or config.shapes
     frames = min(shape.num_frames for shape in shapes)
     needed_s = (frames - 1) / config.fps
     shots = f" in {len(probe.shots)} shots" if probe.shots else ""
-    return (
+    promised_s = probe.duration_s + probe.missing_s
+    if probe.missing_s and min(clip.end_s, promised_s) - clip.start_s > needed_s:
+        return "truncated", truncated_detail(probe.duration_s, promised_s)
+    detail = (
         f"{length_s:.3f} s{shots}; {frames} frames at {config.fps:g} fps need more than "
         f"{needed_s:.3f} s"
     )
+    return "too_short", detail
