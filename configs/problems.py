@@ -91,6 +91,13 @@ def check_writable(key: str, folder: Path) -> list[Problem]:
     return [Problem(f"{where} cannot be written: {place} {reason}; name another folder")]
 
 
+def check_output_file(key: str, path: Path) -> list[Problem]:
+    """Problems with writing a file. `key` is its config key or option."""
+    if path.is_dir():
+        return [Problem(f"{key} = {path} is a folder; name a file, for example {path / 'NAME'}")]
+    return check_writable(key, path.parent)
+
+
 def nearest_name(name: str, known: Sequence[str]) -> str:
     """End of a message about an unknown name: the nearest known name, or a short list of all."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         end_without_collection()
     try:
         if args.workdir:
-            os.makedirs(args.workdir, exist_ok=True)
-            os.chdir(args.workdir)
+            enter(args.workdir)
         code = run_command(args)
         sys.stdout.flush()
         return code
@@ -78,12 +77,27 @@ def main(argv: list[str] | None = None) -> int:
         return report(args, "interrupted; run the same command again to resume", INTERRUPTED)
 
 
+def enter(folder: str) -> None:
+    """Makes a folder the working directory, and creates it if needed. Raises ConfigError."""
+    from landiff.configs.base import ConfigError
+
+    try:
+        os.makedirs(folder, exist_ok=True)
+        os.chdir(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"-C {folder} cannot be the working directory: {error.strerror}; name a folder"
+        ) from None
+
+
 def run_command(args: argparse.Namespace) -> int:
     """Runs a parsed command and returns its exit code. Reports failures of jobs and of SLURM."""
-    from landiff.launchers.commands import JobFailed
+    from landiff.configs.problems import require_none
+    from landiff.launchers.commands import JobFailed, check_outputs
     from landiff.launchers.slurm.client import SlurmError
 
     handler = find_handler(args.command)
+    require_none(check_outputs(args))
     try:
         return handler(args)
     except JobFailed as error:

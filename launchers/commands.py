@@ -5,16 +5,40 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from landiff.configs import Config, ConfigError, dump
-from landiff.configs.problems import Problem, WrongValue, require_none
+from landiff.configs.problems import (
+    Problem,
+    WrongValue,
+    check_output_file,
+    check_writable,
+    require_none,
+)
 from landiff.configs.secrets import redact
 from landiff.launchers.checks import load_checked
 from landiff.launchers.project.space import check_job_space
 from landiff.training.checks import Launch
 
 C = TypeVar("C", bound=Config)
+
+
+FILES = {
+    "data": ("out",),
+    "attribute": ("out",),
+    "fit-codec": ("out",),
+    "report": ("out",),
+    "shapes": ("details",),
+}
+FOLDERS = {
+    "quickstart": ("out",),
+    "learn": ("out",),
+    "doctor": ("report",),
+    "zoo": ("out",),
+    "new": ("folder",),
+}
+"""Command -> its options that name a file or a folder that is written."""
 
 
 class JobFailed(RuntimeError):
@@ -43,6 +67,29 @@ def load_for_job(
         print_dry_run(config, describe(config), found)
     require_none([*problems, *found, *check_job_space(config)])
     return None if args.dry_run else config
+
+
+def check_outputs(args: argparse.Namespace) -> list[Problem]:
+    """Problems with the files and folders that the options of a command name, before it starts.
+
+    Those that are keys of configs belong to the checks of their stages.
+    """
+    files = list(FILES.get(args.command, ()))
+    folders = list(FOLDERS.get(args.command, ()))
+    if args.command == "shapes":
+        writes_file = args.action in ("score", "show")
+        (files if writes_file else folders).append("out")
+    problems = []
+    for name in files:
+        value = getattr(args, name)
+        if value is not None:
+            problems += check_output_file(f"--{name}", Path(value))
+    for name in folders:
+        value = getattr(args, name)
+        if value is not None:
+            key = "FOLDER" if name == "folder" else f"--{name}"
+            problems += check_writable(key, Path(value))
+    return problems
 
 
 def print_dry_run(config: Config, plan: str, problems: Sequence[Problem] = ()) -> None:

@@ -220,6 +220,8 @@ def read_manifest(data: Path) -> Manifest:
             f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its "
             "columns"
         ) from None
+    except NotADirectoryError:
+        raise ShardError(f"{data} is a file; name a data folder, or its manifest.json") from None
     return parse_manifest(document, path)
 
 

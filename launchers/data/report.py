@@ -15,6 +15,7 @@ from pathlib import Path
 from landiff.configs.base import ConfigError
 from landiff.configs.durations import size
 from landiff.configs.loader import load
+from landiff.configs.problems import check_output_file, require_none
 from landiff.data_pipeline.format.schema import RAW, Manifest, RawSample
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.ingest.quarantine import REJECTED
@@ -48,6 +49,7 @@ def data_command(args: argparse.Namespace) -> int:
     """Writes the report and prints its path. Returns the exit code."""
     sources = sources_of(args.folder, args.config, args.overrides)
     out = Path(args.out) if args.out else folder_of(sources[0]) / REPORT
+    require_none(check_output_file("--out", out))
     sections = [html.element("p", f"Written {now()}.", class_="dim")]
     if len(sources) > 1:
         sections.append(blend_section(sources))

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from landiff.configs import ConfigError
 from landiff.configs.durations import size
 from landiff.configs.loader import load_leniently
-from landiff.configs.problems import Problem, WrongValue, nearest_path, require_none
+from landiff.configs.problems import Problem, WrongValue, check_writable, nearest_path, require_none
 from landiff.configs.wrong_values import without_consequences
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check, load_with_problems
@@ -189,6 +189,8 @@ def check_preset(
     left = {stem: config for stem, config in configs.items() if stage_name(stem) not in skipped}
     problems: list[Problem] = []
     with inside(workdir):
+        found = check_writable("the folder of the pipeline", workdir.absolute())
+        problems += found or check_writable("zoo", workdir.absolute() / "zoo")
         for stem, config in left.items():
             if stem == "shards" and has_config(preset, "world"):
                 config = without_made_sources(config)

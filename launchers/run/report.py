@@ -18,6 +18,7 @@ import yaml
 from landiff.configs.base import ConfigError
 from landiff.configs.durations import duration
 from landiff.configs.loader import read_json_as
+from landiff.configs.problems import check_output_file, require_none
 from landiff.configs.secrets import redact
 from landiff.launchers.pages import html
 from landiff.launchers.pages.charts import Mark, Series, format_value, svg
@@ -53,6 +54,7 @@ def report_command(args: argparse.Namespace) -> int:
     run = Path(args.run)
     out = Path(args.out) if args.out else run / REPORT
     record = read_run(run)
+    require_none(check_output_file("--out", out))
     html.write_page(out, f"Run {record.name}", *report_sections(record))
     print(f"report: {out}")
     return 0

@@ -373,3 +373,68 @@ def test_weights_are_counted_without_building_models(preset):
     for count, model in counted.items():
         real = count_parameters(model)
         assert 0.98 * real < count <= real, "without biases and norms"
+
+
+# -------------------------------------------------------------------- outputs
+
+
+def output_commands(place: str) -> dict[str, list[str]]:
+    """Text of the error -> command that would write to `place`, a file or a path below one."""
+    shapes = ["--config", "shapes/sample", "zoo=packaged"]
+    return {
+        f"FOLDER = {place} ": ["new", place],
+        f"-C {place} ": ["-C", place, "train", "lm", "--config", "nano/lm"],
+        f"data = {place} ": ["shards", "--config", "nano/shards", f"data={place}"],
+        f"data = {place}  ": ["precompute", "--config", "nano/precompute", f"data={place}"],
+        f"run = {place} ": ["train", "lm", "--config", "nano/lm", f"run={place}"],
+        f"out = {place} ": ["sample", *shapes, f"out={place}", "--", "a red square"],
+        f"out = {place}  ": ["demo", *shapes, f"out={place}", "--dry-run"],
+        f"--out = {place} ": ["quickstart", "--preset", "nano", "--out", place],
+        f"--out = {place}  ": ["learn", "--out", place],
+        f"--out = {place}   ": ["shapes", "make", "--out", place],
+        f"--report = {place} ": ["doctor", "--report", place],
+        f"--zoo = {place} ": ["convert", "zoo/lm-base", "--name", "x", "--zoo", place],
+        f"--out = {place}    ": ["zoo", "pack", "zoo", "--out", place],
+    }
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/below"])
+def test_a_file_in_place_of_an_output_folder_is_refused_first(zoo, monkeypatch, capsys, place):
+    monkeypatch.chdir(zoo)
+    Path("taken").touch()
+    before = sorted(zoo.rglob("*"))
+    for text, command in output_commands(place).items():
+        assert main(command) == 2, command
+        err = capsys.readouterr().err
+        assert text.strip() in err and ("taken is a file" in err or "-C" in text), (command, err)
+    assert sorted(zoo.rglob("*")) == before
+
+
+def test_a_folder_in_place_of_an_output_file_is_refused_first(zoo, monkeypatch, capsys):
+    monkeypatch.chdir(zoo)
+    commands = [
+        ["data", "report", "data", "--out", "empty"],
+        ["report", "runs/other", "--out", "empty"],
+        ["fit-codec", "--clips", "videos", "--out", "empty"],
+        ["shapes", "score", "--videos", "x", "--labels", "y", "--out", "empty"],
+        ["attribute", "--config", "shapes/sample", "--videos", "x", "--labels", "y"],
+    ]
+    commands[-1] += ["--out", "empty"]
+    for command in commands:
+        assert main(command) == 2, command
+        assert "--out = empty is a folder; name a file" in capsys.readouterr().err, command
+
+
+def test_folders_of_a_preset_that_cannot_be_written_are_refused(tmp_path, capsys):
+    project = tmp_path / "project"
+    write_project(project, "nano", source="packaged")
+    (project / "zoo").touch()
+    (project / "runs").touch()
+    preset = ["--preset", str(project)]
+    for command in (["check", *preset], ["quickstart", *preset]):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert f"zoo = {project}/zoo cannot be a folder" in err
+        assert "lm: run = runs/lm cannot be a folder: runs is a file" in err
+    assert main(["quickstart", *preset, "--out", str(project / "zoo")]) == 2
+    assert "is a file; name another folder" in capsys.readouterr().err
