@@ -21,14 +21,15 @@ from typing import Generic, Protocol, TypeVar
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.loader import nearest_name
 from landiff.configs.problems import Problem, check_writable, problems_of
+from landiff.configs.safetensors_header import read_header
 from landiff.data_pipeline.format.buckets import bucket_names, check_buckets, column_shapes
 from landiff.data_pipeline.format.column_checks import (
     check_blend,
     check_captions,
     check_column_fingerprints,
 )
-from landiff.data_pipeline.format.schema import Manifest
-from landiff.data_pipeline.format.shards import read_manifest
+from landiff.data_pipeline.format.schema import RAW, Manifest, ShardEntry
+from landiff.data_pipeline.format.shards import read_manifest, sidecar_path
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.phases import phases_from
 from landiff.data_pipeline.loading.remote import data_folder, find_manifest
@@ -67,6 +68,8 @@ class PromptedConfig(Protocol):
         """The encoder of their text states."""
         ...
 
+
+MOST_SHARDS = 1000  # whose files are looked at
 
 T = TypeVar("T", bound=TrainConfig)
 
@@ -353,22 +356,44 @@ def check_manifest(
             continue
         check = partial(check_column_fingerprints, manifest, [name], adopt=adopt)
         problems += problems_of(check)
-        shards = manifest.columns[name].shards
-        if folder is None or not shards:
-            continue
-        first = folder / name / f"{shards[0].name}.tar"
-        if not first.is_file():
-            problems.append(
-                Problem(
-                    f"column {name!r} is in the manifest, but {first} does not exist; run "
-                    "`landiff precompute` again, or point to the folder that holds the shards"
-                )
-            )
+        if folder is not None:
+            problems += check_shard_files(folder / name, manifest.columns[name].shards)
     return problems
 
 
+def check_shard_files(folder: Path, shards: Sequence[ShardEntry]) -> list[Problem]:
+    """One problem if shards of a manifest are missing or have another size, with the first of them.
+
+    Of many shards, `MOST_SHARDS` evenly spaced ones are looked at.
+    """
+    step = -(-len(shards) // MOST_SHARDS) or 1
+    damaged = []
+    for shard in shards[::step]:
+        path = folder / f"{shard.name}.tar"
+        index = sidecar_path(path)
+        try:
+            size = path.stat().st_size
+            if size != shard.bytes:
+                damaged.append(f"{path} has {size} bytes instead of {shard.bytes}")
+            elif not index.is_file():
+                damaged.append(f"{index} does not exist")
+        except OSError as error:
+            damaged.append(f"{path} cannot be read: {error.strerror}")
+    if not damaged:
+        return []
+    command = "shards" if folder.name == RAW else "precompute"
+    more = f" (and {len(damaged) - 1} more of {len(shards[::step])})" if len(damaged) > 1 else ""
+    what = "raw" if folder.name == RAW else f"column {folder.name!r}"
+    return [
+        Problem(
+            f"{what} is in the manifest, but {damaged[0]}{more}; restore the files, or delete .tar "
+            f"and .json of these shards and run `landiff {command}` again"
+        )
+    ]
+
+
 def find_entry(
-    key: str, zoo: Path, reference: str | None, kind: str | Sequence[str]
+    key: str, zoo: Path, reference: str | None, kind: str | Sequence[str] | None
 ) -> tuple[registry.ZooEntry | None, list[Problem]]:
     """The zoo entry that config key `key` refers to, or None, and its problem, if any."""
     if reference is None:
@@ -380,6 +405,7 @@ def find_entry(
                 f"{entry.path} is damaged: {entry.weights_path.name} is missing; convert the "
                 "weights again"
             )
+        read_header(entry.weights_path)
     except ConfigError as error:
         return None, [Problem(f"{key} = {reference}: {error}")]
     except OSError as error:

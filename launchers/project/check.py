@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from landiff.configs.durations import size
 from landiff.configs.loader import load_leniently
 from landiff.configs.problems import Problem, WrongValue, check_writable, nearest_path, require_none
 from landiff.configs.wrong_values import without_consequences
+from landiff.data_pipeline.format.schema import RAW
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check, load_with_problems
 from landiff.launchers.local.gpus import default_processes
@@ -34,13 +36,14 @@ from landiff.launchers.project.selection import check_skipped, skipped_stages
 from landiff.launchers.project.space import (
     check_least_space,
     check_preset_space,
+    finished,
     free_bytes,
     preset_uses,
 )
 from landiff.launchers.show_config import class_names_of
 from landiff.launchers.stages import STAGE_CONFIGS
 from landiff.model_zoo.frozen.checks import ENCODERS, must_download
-from landiff.training.checks import Launch, find_entry
+from landiff.training.checks import Launch, check_manifest, check_shard_files, find_entry
 from landiff.training.config import TrainConfig
 
 STAGE_OF = {
@@ -82,7 +85,7 @@ def check_command(args: argparse.Namespace) -> int:
         print(f"check: {note}")
     print(f"check: {len(report.configs)} configs of {args.preset} fit each other")
     print(f"check: clips {', '.join(clips)} (frames x height x width)")
-    print(f"check: next  landiff quickstart --preset {args.preset}")
+    print(f"check: next  landiff quickstart --preset {shlex.quote(args.preset)}")
     return 0
 
 
@@ -203,6 +206,7 @@ def check_preset(
         problems += check_chain(joined)
         problems += check_names(joined, left)
         problems += check_preset_space(configs, left) or check_least_space(Path("."))
+        problems += check_results(configs)
     problems += check_further(configs, workdir, left)
     problems += check_skipped(configs, workdir, skipped)
     return PresetReport(configs, without_consequences([*wrong, *problems]), skipped)
@@ -239,6 +243,28 @@ def check_stage(stem: str, config: Any, *, inputs_exist: bool) -> list[Problem]:
     problems = check(stage, config, Launch(ranks, inputs_exist=inputs_exist))
     if isinstance(config, TrainConfig):
         problems += check_start(stem, config)
+    return problems
+
+
+def check_results(configs: Mapping[str, Any]) -> list[Problem]:
+    """Problems of what earlier runs of a pipeline left: shards, columns and exported models.
+
+    Stages take them for finished. Any: configs by stem.
+    """
+    problems: list[Problem] = []
+    if "shards" in configs:
+        data = configs["shards"].data
+        manifest = finished(data)
+        if manifest is not None:
+            problems += check_manifest(manifest, list(manifest.columns), data)
+            if (data / RAW).is_dir():
+                problems += check_shard_files(data / RAW, manifest.shards)
+    for _run, name in EXPORTED.values():
+        folder = Path("zoo") / name
+        if (folder / "newest").is_file():
+            for problem in find_entry("the exported model", Path("zoo"), name, None)[1]:
+                text = f"{problem}; delete {folder}, so that the pipeline exports it again"
+                problems.append(Problem(text))
     return problems
 
 

@@ -106,12 +106,11 @@ def write_project(
     bases = [name for name in packaged_presets() if has_config(name, "model")]
     if base not in bases:
         raise ConfigError(f"--from {base}: the presets to start from are {', '.join(bases)}")
-    if folder.exists():
-        raise ConfigError(f"{folder} exists already; name a new folder")
+    check_folder(folder)
     shards = load(ShardsJobConfig, f"{base}/shards")
     shape = shards.shapes[0]
     height, width = (shape.height, shape.width) if size is None else parse_size(size)
-    clip = ClipSizes(frames or shape.num_frames, height, width)
+    clip = ClipSizes(shape.num_frames if frames is None else frames, height, width)
     sizes = project_sizes(clip, load(ModelConfig, f"{base}/model"))
     own = []  # options that the README repeats
     if source is None:
@@ -133,6 +132,21 @@ def write_project(
     for name, text in files.items():
         write_text(folder / name, text)
     return list(files)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError unless a project can be made there and be named with --preset."""
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already; name a new folder")
+    if not str(folder).isprintable():
+        raise ConfigError(
+            f"{str(folder)!r} holds a control character such as a line break; name another folder"
+        )
+    if str(folder) in packaged_presets():
+        raise ConfigError(
+            f"{folder} is the name of a packaged preset, which --preset {folder} would mean; name "
+            "another folder"
+        )
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -24,6 +24,11 @@ class ClipSizes(ClipShape):
     def problems(self) -> list[str]:
         """Why no model can have this size, with the nearest sizes that divide."""
         found = []
+        for name in ("num_frames", "height", "width"):
+            if getattr(self, name) < 1:
+                found.append(f"{name} = {getattr(self, name)} must be at least 1")
+        if found:
+            return found
         if (self.num_frames - 1) % TIME:
             lower, upper = nearest_multiples(self.num_frames - 1, TIME)
             found.append(
@@ -88,7 +93,7 @@ def project_sizes(clip: ClipSizes, base: ModelConfig) -> ProjectSizes:
     """
     problems = clip.problems()
     window = min(clip.latent_frames, LARGEST_WINDOW)
-    if window < 2:
+    if clip.num_frames >= 1 and window < 2:
         problems.append(
             f"num_frames = {clip.num_frames} is a single latent frame, but the models are of "
             f"videos; the nearest that are: {frames_of(2)}"

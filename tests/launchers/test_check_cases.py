@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from landiff.launchers.project.weight_counts import (
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
 from landiff.training.lm.config import LMTrainConfig
+from tests.data_pipeline.data_sets import write_column, write_raw
 
 CHAIN_MISTAKE = "sample.fps = 24, but the models are trained on clips of shards.fps = 8"
 
@@ -438,3 +440,80 @@ def test_folders_of_a_preset_that_cannot_be_written_are_refused(tmp_path, capsys
         assert "lm: run = runs/lm cannot be a folder: runs is a file" in err
     assert main(["quickstart", *preset, "--out", str(project / "zoo")]) == 2
     assert "is a file; name another folder" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------- damaged results
+
+
+DAMAGES = {
+    "raw/000001.tar": "raw is in the manifest, but data/raw/000001.tar cannot be read: No such",
+    "raw/000000.json": "raw is in the manifest, but data/raw/000000.json does not exist",
+    "features/000001.tar": "column 'features' is in the manifest, but data/features/000001.tar",
+    "features/000001.json": "but data/features/000001.json does not exist; restore the files",
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, "size", "zoo", "weights"])
+def test_a_result_that_is_damaged_is_found_before_a_stage_takes_it_for_finished(
+    tmp_path, monkeypatch, name
+):
+    project = tmp_path / "project"
+    write_project(project, "nano", source="packaged")
+    monkeypatch.chdir(project)
+    write_raw(Path("data"), [2, 2])
+    write_column(Path("data"), "features")
+    entry = registry.export(
+        Path("zoo"), "lm", "lm", load(ModelConfig, "nano/model").lm, {"a": torch.ones(9)}, {}
+    )
+    assert problems_of(project) == ""
+    if name == "zoo":
+        (entry.path / "config.json").unlink()
+        text = "delete zoo/lm, so that the pipeline exports it again"
+    elif name == "weights":
+        entry.weights_path.write_bytes(entry.weights_path.read_bytes()[:-4])
+        text = "delete zoo/lm, so that the pipeline exports it again"
+    elif name == "size":
+        path = Path("data/features/000000.tar")
+        size = path.stat().st_size
+        path.write_bytes(path.read_bytes()[:100])
+        text = f"data/features/000000.tar has 100 bytes instead of {size}; restore the files"
+    else:
+        (Path("data") / name).unlink()
+        text = DAMAGES[name]
+    assert text in problems_of(project)
+
+
+# -------------------------------------------------------------------- new projects
+
+
+NEW_PROJECTS = {
+    "--frames 0": "num_frames = 0 must be at least 1",
+    "--frames -3": "num_frames = -3 must be at least 1",
+    "--size 64X96": "--size 64X96 must be HEIGHTxWIDTH",
+    "--size 0x64": "height = 0 must be at least 1",
+}
+
+
+@pytest.mark.parametrize("options", NEW_PROJECTS)
+def test_sizes_of_a_new_project_are_explained(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", "project", *options.split()]) == 2
+    assert NEW_PROJECTS[options] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["nano", "two\nlines", "."])
+def test_a_folder_that_no_command_can_name_is_refused(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", name]) == 2
+    assert "name a" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "below/a/new/folder", "slash/", "a#b", "below/nano"])
+def test_a_project_in_an_odd_place_can_be_checked(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", name]) == 0
+    capsys.readouterr()
+    assert main(["check", "--preset", name]) == 0
+    assert f"next  landiff quickstart --preset {shlex.quote(name)}" in capsys.readouterr().out
