@@ -377,6 +377,8 @@ def check_shard_files(folder: Path, shards: Sequence[ShardEntry]) -> list[Proble
                 damaged.append(f"{path} has {size} bytes instead of {shard.bytes}")
             elif not index.is_file():
                 damaged.append(f"{index} does not exist")
+        except FileNotFoundError:
+            damaged.append(f"{path} does not exist")
         except OSError as error:
             damaged.append(f"{path} cannot be read: {error.strerror}")
     if not damaged:

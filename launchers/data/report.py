@@ -150,16 +150,17 @@ def folder_sections(data: Path, clips: int) -> list[html.Markup]:
 def summary_section(manifest: Manifest, metas: Sequence[RawSample]) -> html.Markup:
     """Clips, hours, captions, columns."""
     seconds = [meta.num_frames / meta.fps for meta in metas]
-    hours = sum(seconds) / max(1, len(metas)) * manifest.num_samples / 3600
+    length_s = sum(seconds) / max(1, len(metas)) * manifest.num_samples
+    length = f"{length_s / 3600:,.2f} hours" if length_s >= 3600 else f"{length_s:.0f} s"
     without = sum(not meta.caption.strip() for meta in metas)
     texts = Counter(meta.caption for meta in metas)
     rows = [
         ["clips", f"{manifest.num_samples:,}"],
         ["shards", f"{len(manifest.shards):,}"],
-        ["video", f"{hours:,.2f} hours"],
+        ["length of all clips", length],
         ["source videos", f"{len({meta.source_sha256 or meta.source for meta in metas}):,}"],
         ["clips without a caption", f"{without:,}"],
-        ["clips whose caption another clip has too", f"{len(metas) - len(texts):,}"],
+        ["clips with the caption of another clip", f"{len(metas) - len(texts):,}"],
         ["rejected clips", f"{sum(manifest.reject_counts.values()):,}"],
         ["columns", ", ".join(manifest.columns) or "none"],
     ]

@@ -29,6 +29,10 @@ from landiff.launchers.results.instruments import format_readings
 from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
 REPORT = "report.html"
+INSTRUMENTS_NOTE = (
+    "Loss with the right condition and with a wrong one, such as the caption of another clip; t is "
+    "the diffusion timestep. A ratio near 1 means that the model does not use the condition."
+)
 MAX_VIDEOS = 24
 SEARCHED_CLIPS = 2000  # for the nearest training clip of each video
 SEARCHED_PIXELS = 1 << 30  # the same, of large clips
@@ -54,14 +58,15 @@ def write_quickstart_report(out: Path, stages: Sequence[StageResult]) -> Path:
     parts = []
     if (out / SAMPLES).is_file():
         figures = sample_figures(out)
-        parts.append(html.section("Samples, each before its nearest training clip", figures))
+        parts.append(html.section("Samples, each beside its nearest training clip", figures))
     evaluation = out / "evaluation.json"
     if evaluation.is_file():
         document = read_json(evaluation, allow_nonfinite=True)
         for bucket, result in document.get("buckets", {"": document}).items():
-            title = "What the models use" + (f", clips of {bucket}" if bucket else "")
+            title = "Use of the conditions" + (f", clips of {bucket}" if bucket else "")
             readings = format_readings(result.get("instruments", []))
-            parts.append(html.section(title, html.preformatted(readings)))
+            note = html.element("p", INSTRUMENTS_NOTE, class_="dim")
+            parts.append(html.section(title, note, html.preformatted(readings)))
     path = out / REPORT
     html.write_page(
         path,
@@ -74,7 +79,7 @@ def write_quickstart_report(out: Path, stages: Sequence[StageResult]) -> Path:
 
 
 def sample_figures(out: Path) -> html.Markup:
-    """The samples of a folder of `landiff quickstart`, each before its nearest training clip."""
+    """The samples of a folder of `landiff quickstart`, each beside its nearest training clip."""
     records = read_rows(out / SAMPLES)[:MAX_VIDEOS]
     videos = []
     with ClipDecoder("pyav") as decoder:

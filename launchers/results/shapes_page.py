@@ -173,7 +173,7 @@ def write_learn_report(out: Path, stages: Sequence[StageResult], rates: str) -> 
         path,
         "landiff learn",
         html.section("Rates of held-out captions", html.preformatted(rates)),
-        html.section("Samples, each before its nearest training clip", html.grid(figures)),
+        html.section("Samples, each beside its nearest training clip", html.grid(figures)),
         html.section("Stages", stage_table(stages)),
         html.section("Losses", html.grid(loss_curves(out))),
     )

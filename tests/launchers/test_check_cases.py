@@ -446,7 +446,7 @@ def test_folders_of_a_preset_that_cannot_be_written_are_refused(tmp_path, capsys
 
 
 DAMAGES = {
-    "raw/000001.tar": "raw is in the manifest, but data/raw/000001.tar cannot be read: No such",
+    "raw/000001.tar": "raw is in the manifest, but data/raw/000001.tar does not exist",
     "raw/000000.json": "raw is in the manifest, but data/raw/000000.json does not exist",
     "features/000001.tar": "column 'features' is in the manifest, but data/features/000001.tar",
     "features/000001.json": "but data/features/000001.json does not exist; restore the files",

@@ -243,10 +243,11 @@ def test_stale_and_lost_columns_are_found(world):
         and problems("lm", "data.adopt=true") == []
     )
     write_manifest(Path("data"), manifest)
+    tar = Path("data/tokens/000000.tar").read_bytes()
     Path("data/tokens/000000.tar").unlink()
     assert "data/tokens/000000.tar does not exist" in problems("lm")[0]
     change_column(manifest, "tokens", config={"encoders": {"tokenizer": "ffff"}})
-    Path("data/tokens/000000.tar").touch()
+    Path("data/tokens/000000.tar").write_bytes(tar)
     assert "was made by tokenizer ffff, but tokenizer = tokenizer@" in problems("lm")[0]
 
 
