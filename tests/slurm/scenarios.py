@@ -25,6 +25,7 @@ NODE_4 = cluster("--nodelist=node4", "--exclusive", nodes=1)
 NOTE = """two words, $HOME and 'a quote'"""
 FIRST = "first.json"  # what a scenario of two submissions saw of the first
 LONG = 150  # steps of 0.1 s: time enough for a disturbance
+LONGER = 400  # the same, for one that SLURM itself decides on
 SPOT = cluster("--nodelist=node4", "--exclusive", nodes=1, partition="spot")
 
 
@@ -59,7 +60,7 @@ def crash_before_dependent(sandbox: Sandbox, run: Path) -> str:
 
 
 def preemption(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, LONG, site=SPOT), SPOT)
+    job = start(sandbox, light(run, LONGER, site=SPOT), SPOT)
     until(lambda: (run / "metrics.jsonl").exists())
     assert (
         sandbox.wait(start(sandbox, light(run.parent / "urgent", 2, site=NODE_4), NODE_4))
