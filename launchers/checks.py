@@ -213,7 +213,7 @@ def _check_tokenizer(key: str, entry: ZooEntry, channels: int | None) -> list[Pr
         problems.append(
             Problem(
                 f"{key} = {entry.reference} has a codebook of {tokenizer.codebook_size}; tokens "
-                "are uint16"
+                f"are stored as uint16, so use a tokenizer with at most {MAX_CODEBOOK} codes"
             )
         )
     return problems
