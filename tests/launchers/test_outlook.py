@@ -7,8 +7,7 @@ import pytest
 from landiff.configs import load
 from landiff.launchers.budget.total import TrainingCost, total_days
 from landiff.launchers.cli import main
-from landiff.launchers.project import check as check_module
-from landiff.launchers.project.check import check_space
+from landiff.launchers.project import space
 from landiff.launchers.project.outlook import outlook
 from landiff.launchers.project.presets import PRESET_CONFIGS, preset_config
 
@@ -48,9 +47,9 @@ def test_one_config_is_checked_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_found_before_anything_starts(tmp_path, monkeypatch):
-    assert check_space(tmp_path / "not-there-yet") == []
-    monkeypatch.setattr(check_module, "LEAST_FREE", 1 << 60)
-    assert "of free space" in str(check_space(tmp_path)[0])
+    assert space.check_least_space(tmp_path / "not-there-yet") == []
+    monkeypatch.setattr(space, "LEAST_FREE", 1 << 60)
+    assert "of free space" in str(space.check_least_space(tmp_path)[0])
 
 
 @pytest.mark.parametrize("captions", ["file_name", None])

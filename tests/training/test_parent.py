@@ -81,7 +81,7 @@ def test_an_unfit_parent_is_refused_before_ranks_start(tmp_path, parent):
         (text,) = problems(settings(tmp_path, "anneal", steps, parent=path))
         return text
 
-    assert "holds no healthy checkpoint; it must be a run" in refused(tmp_path / "gone")
+    assert "gone does not exist; the nearest" in refused(tmp_path / "gone")
     missing = parent / "checkpoints" / "step_00000006"
     assert "does not exist; " in refused(missing) and "holds the steps 4, 8" in refused(missing)
     assert "loop.steps = 8 counts from step 0, and parent =" in refused(steps=8)

@@ -100,6 +100,7 @@ def trace(
             f"recompute={str(recompute).lower()}",
             f"fp8={str(fp8).lower()}",
             f"selective_recompute={str(selective).lower()}",
+            "compile_blocks=false",
             f"data.micro_batch_size={CLIPS}",
         ],
     )
