@@ -35,7 +35,7 @@ import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ from benchmarks.support.models import (
 )
 from benchmarks.support.peers import diffusers_peer, megatron_peer
 from benchmarks.support.rows import MeasuredStep, Row, table
-from benchmarks.support.trained_zoo import control_engine, tokenizer_engine
+from benchmarks.support.trained_zoo import TrainStep, control_engine, tokenizer_engine
 from benchmarks.support.video import VideoSampler
 from landiff.model_zoo.attention import Backend, attention, find_installed, prefer
 from landiff.model_zoo.config import ModelConfig
@@ -237,28 +237,33 @@ def diffusion_rows(case: Case) -> list[Row]:
 
 def control_rows(case: Case) -> list[Row]:
     """The diffusion trainer's step in phase control."""
-    with tempfile.TemporaryDirectory() as folder:
-        with measured_memory(case.device) as memory:
-            train_step, flops = control_engine(case, Path(folder), compiled(case))
-            seconds = fastest(train_step, case)
-            peak_memory = memory()
-        eager, _ = control_engine(case, Path(folder), {})
-        peer = if_possible("the step that is not compiled", lambda: fastest(eager, case))
-    step = MeasuredStep(case.samples, "clips/s", flops, DIFFUSION_GOAL, seconds, peer, peak_memory)
-    return [step.row("control step", case.peak)]
+    return [compiled_step_row("control step", case, control_engine, DIFFUSION_GOAL)]
 
 
 def tokenizer_rows(case: Case) -> list[Row]:
     """The tokenizer trainer's step."""
+    return [compiled_step_row("tokenizer step", case, tokenizer_engine, TOKENIZER_GOAL)]
+
+
+def compiled_step_row(
+    name: str,
+    case: Case,
+    make: Callable[[Case, Path, Mapping[str, Any]], tuple[TrainStep, float]],
+    goal: float,
+) -> Row:
+    """A trainer's compiled step beside the same step without compilation.
+
+    make: the step and its FLOPs, of a run in a folder with changes of the config.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with measured_memory(case.device) as memory:
-            train_step, flops = tokenizer_engine(case, Path(folder), compiled(case))
+            train_step, flops = make(case, Path(folder), compiled(case))
             seconds = fastest(train_step, case)
             peak_memory = memory()
-        eager, _ = tokenizer_engine(case, Path(folder), {})
+        eager, _ = make(case, Path(folder), {})
         peer = if_possible("the step that is not compiled", lambda: fastest(eager, case))
-    step = MeasuredStep(case.samples, "clips/s", flops, TOKENIZER_GOAL, seconds, peer, peak_memory)
-    return [step.row("tokenizer step", case.peak)]
+    step = MeasuredStep(case.samples, "clips/s", flops, goal, seconds, peer, peak_memory)
+    return step.row(name, case.peak)
 
 
 def video_rows(case: Case) -> list[Row]:

@@ -137,9 +137,9 @@ def load_leniently(
     """Like `load`, but returns (config, problems) instead of raising the problems.
 
     With problems, the config only serves further checks, which can report theirs too. It has other
-    values in place of wrong ones (`configs.repair`), and is None if a required one is missing.
-    `values` replaces top-level keys by Python values. Raises ConfigError if the file cannot be
-    read.
+    values in place of wrong ones (`wrong_values.repaired`), and is None if a required one is
+    missing. `values` replaces top-level keys by Python values. Raises ConfigError if the file
+    cannot be read.
     """
     files = _Files()
     if isinstance(source, Mapping):

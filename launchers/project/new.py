@@ -25,6 +25,7 @@ from landiff.launchers.project.sizes import (
     project_sizes,
 )
 from landiff.model_zoo.config import ModelConfig
+from landiff.training.config import TrainConfig
 
 SIZE = re.compile(r"(\d+)x(\d+)")
 CLUSTER = """\
@@ -43,7 +44,6 @@ env:
   NCCL_SOCKET_IFNAME: ib0
   HF_HOME: /shared/hf
 """
-TRAINERS = ("tokenizer", "lm", "diffusion-main", "diffusion-control")
 PROMPTS = """\
 prompts: # best like the captions of your videos
   - A beach at night.
@@ -188,8 +188,9 @@ def config_files(base: str, sizes: ProjectSizes, buckets: bool, source: str) -> 
             f"clean_frames: {sizes.prefix}\n"
         ),
     }
-    for stem in TRAINERS:
-        own[stem] += all_clips(base, stem)
+    for stem, cls in PRESET_CONFIGS.items():
+        if issubclass(cls, TrainConfig):
+            own[stem] += all_clips(load(cls, f"{base}/{stem}"))
     if has_config(base, "world"):
         own["sample"] += PROMPTS
     stems = list(PRESET_CONFIGS)
@@ -202,10 +203,9 @@ def config_files(base: str, sizes: ProjectSizes, buckets: bool, source: str) -> 
     return files
 
 
-def all_clips(base: str, stem: str) -> str:
+def all_clips(preset: TrainConfig) -> str:
     """Keys that make a trainer read all clips, if the preset's mixes those of its own sources."""
-    data = load(PRESET_CONFIGS[stem], f"{base}/{stem}").model_dump()["data"]
-    if data["where"] is None and not data["blend"]:
+    if preset.data.where is None and not preset.data.blend:
         return ""
     return "data: {where: null, blend: []} # all clips\n"
 
